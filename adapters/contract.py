@@ -1,0 +1,193 @@
+"""What the gateway needs of an engine: one capability record and a few verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class Failure(Enum):
+    """What went wrong upstream, in the only terms the gateway acts on."""
+
+    OVERLOADED = "overloaded"  # try another backend
+    UNREACHABLE = "unreachable"  # could not connect, or the connection died before an answer
+    TIMEOUT = "timeout"
+    BROKEN = "broken"  # answered, but not in the protocol
+    REJECTED = "rejected"  # the engine calls the request itself wrong (4xx): its answer goes to the client
+
+
+class UpstreamError(Exception):
+    """Anything an engine did wrong, mapped here once. `status` is the engine's, if it gave one."""
+
+    def __init__(self, failure: Failure, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.failure = failure
+        self.status = status
+
+    @property
+    def retryable(self) -> bool:
+        """Whether another backend may do better (before the client's first byte)."""
+        return self.failure is not Failure.REJECTED
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamCall:
+    """One HTTP exchange with an engine. `headers` are complete; `body` goes as it is."""
+
+    method: str
+    path: str  # begins with "/"
+    headers: Mapping[str, str]
+    body: bytes
+    timeout_s: float | None = None  # to the response head; None waits for ever
+
+
+class UpstreamResponse(Protocol):
+    """An open answer. Not reading holds the engine back (its socket fills); nothing grows without bound."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Lower-case names."""
+        ...
+
+    async def read(self) -> bytes:
+        """The body bytes that have arrived, as they came; b"" at the end. Raises UpstreamError when cut off."""
+        ...
+
+    async def read_all(self, limit_bytes: int) -> bytes:
+        """The whole body. Raises UpstreamError(BROKEN) beyond the limit."""
+        ...
+
+    def abort(self) -> None:
+        """Close the connection now: the engine sees a disconnect. Idempotent."""
+        ...
+
+    def release(self) -> None:
+        """The body was read to its end (or is not wanted): keep the connection if it can be kept. Idempotent."""
+        ...
+
+
+class Upstream(Protocol):
+    """HTTP to one backend: the one way bytes reach an engine. Its inside may be replaced by a faster one."""
+
+    async def open(self, call: UpstreamCall) -> UpstreamResponse:
+        """Send the request and wait for the response head. Raises UpstreamError.
+
+        A kept-alive connection that turns out closed before any byte of an answer is retried once on a new one.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Support(Enum):
+    """What an engine can do for a verb."""
+
+    YES = "yes"
+    NO = "no"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend was found to be able to do. Probed, not assumed; None is unknown.
+
+    ``tokens_per_event``: 1 when every content event carries exactly one token; None when events may carry more,
+    so that counts come from usage.
+    """
+
+    engine: str  # "vllm", "openai", ...
+    version: str | None = None
+    emulated: bool = False  # the engine says it emulates
+    models: tuple[str, ...] = ()
+    max_model_tokens: int | None = None
+    kv_tokens: int | None = None
+    block_tokens: int | None = None
+    max_running_seqs: int | None = None
+    max_batched_tokens: int | None = None
+    priority: Support = Support.UNKNOWN
+    tokenize: Support = Support.UNKNOWN
+    abort_by_id: Support = Support.NO
+    continuous_usage: Support = Support.UNKNOWN
+    chunk_budget: Support = Support.NO
+    running_cap: Support = Support.NO
+    load: Support = Support.UNKNOWN
+    tokens_per_event: int | None = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine itself reports; late by nature, so a correction to our own count, never the source."""
+
+    running: int | None = None
+    waiting: int | None = None
+    kv_used_fraction: float | None = None  # 0..1
+    preemptions: int | None = None  # since start
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingRequest:
+    """A client request about to be sent: what the adapter may still add in its engine's words."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+    request_id: str
+    streamed: bool
+    priority: int | None = None  # smaller is more urgent; None: say nothing
+    want_usage: bool = False  # add a final usage event that the gateway will remove again
+
+
+class Unsupported(Exception):
+    """The engine has no such verb; the controller falls back."""
+
+
+class Adapter(Protocol):
+    """One engine endpoint in its family's words."""
+
+    @property
+    def upstream(self) -> Upstream: ...
+
+    async def probe(self) -> Capabilities:
+        """Ask the engine what it is. Raises UpstreamError when it does not answer."""
+        ...
+
+    async def healthy(self) -> bool:
+        """A cheap liveness question; never a generation."""
+        ...
+
+    async def read_load(self) -> EngineLoad: ...
+
+    def prepare(self, request: OutgoingRequest) -> UpstreamCall:
+        """The exchange that carries the request: body bytes unchanged unless something had to be added."""
+        ...
+
+    def stream_failure(self, first_event: bytes) -> UpstreamError | None:
+        """Whether a stream's first event is really an error (an overload that came as 200)."""
+        ...
+
+    def response_failure(self, status: int, body: bytes) -> UpstreamError:
+        """What an answer with an error status means."""
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """Abort by id, where the engine can; disconnecting is the relay's job. Raises Unsupported."""
+        ...
+
+    async def count_tokens(self, body: Mapping[str, object]) -> int:
+        """Exact prompt tokens of a request body (prompt or messages), by the engine. Raises Unsupported."""
+        ...
+
+    async def set_chunk_budget(self, tokens: int | None) -> None:
+        """Most tokens a step may carry from now on. Raises Unsupported."""
+        ...
+
+    async def set_running_cap(self, sequences: int | None) -> None:
+        """Most sequences that may run from now on. Raises Unsupported."""
+        ...
+
+    async def close(self) -> None: ...

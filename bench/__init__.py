@@ -1,0 +1,1 @@
+"""Developers benchmarks: speed as ratios in one run. Not in the wheel."""

@@ -1,0 +1,128 @@
+"""The store contract. Every implementation passes the same tests (tests/state/contract.py).
+
+Load is reserved by **lease**: `reserve` adds a request's cost to one backend, `release` takes it away, both
+idempotent by `lease_id`, so an answer that was lost is simply asked for again. Each replica writes only its own
+part of a backend's load; totals are sums over live replicas. Membership (which tier a backend is in) changes by
+compare-and-set on an **epoch** that only rises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from scheduling.load import LoadVector, ReserveCandidate
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Where a backend belongs: a tier's name, or None for the pool. `epoch` rises with every change."""
+
+    tier: str | None
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The reservation stands on `backend`."""
+
+    lease_id: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """No candidate fits. What the OTHER replicas carry on each candidate, and how each stands."""
+
+    lease_id: str
+    foreign: Mapping[str, LoadVector]
+    memberships: Mapping[str, Membership]
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The membership is as asked (claim and hand_back)."""
+
+    membership: Membership
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Somebody was first, or the backend is not empty: this is how it stands."""
+
+    membership: Membership
+
+
+@dataclass(frozen=True, slots=True)
+class BackendLoad:
+    """One backend as the store sees it: membership, own load, and the other replicas' load summed."""
+
+    membership: Membership
+    own: LoadVector
+    foreign: LoadVector
+
+
+@dataclass(frozen=True, slots=True)
+class StoreEvent:
+    """Something another replica did: a backend's membership or foreign load is now this."""
+
+    backend: str
+    load: BackendLoad
+
+
+class StoreUnavailable(Exception):
+    """The store did not answer; whether the write happened is unknown (ask again by the same lease)."""
+
+
+class Store(Protocol):
+    """One replica's handle on the shared state. All methods may raise StoreUnavailable."""
+
+    async def add_backend(self, backend: str, tier: str | None) -> Membership:
+        """Make a backend known; keeps its membership when it is known already."""
+        ...
+
+    async def remove_backend(self, backend: str) -> None:
+        """Forget a backend. Leases on it may still be released, to no effect."""
+        ...
+
+    async def reserve(self, lease_id: str, candidates: Sequence[ReserveCandidate]) -> Granted | Denied:
+        """Take the first candidate that fits (see `ReserveCandidate`). Idempotent by `lease_id`."""
+        ...
+
+    async def release(self, lease_id: str) -> None:
+        """End a lease. Idempotent; a lease that was never granted (or whose grant was lost) ends too."""
+        ...
+
+    async def publish(self, backend: str, own: LoadVector, sequence: int) -> bool:
+        """Replace what this replica carries on a backend by what it measured itself.
+
+        `sequence` rises with every publish of this replica for this backend; an older one, or one taken before
+        the last reservation there (see `sequence_of`), is refused: False.
+        """
+        ...
+
+    def sequence_of(self, backend: str) -> int:
+        """The sequence of this replica's last write for a backend: take it BEFORE measuring, then publish
+        with that number plus one."""
+        ...
+
+    async def claim(self, backend: str, tier: str, expected_epoch: int) -> Changed | Conflict:
+        """Move a backend into a tier if its epoch is still `expected_epoch`; raises the epoch."""
+        ...
+
+    async def hand_back(self, backend: str, expected_epoch: int) -> Changed | Conflict:
+        """Move a backend into the pool if nobody carries anything on it and the epoch still fits."""
+        ...
+
+    async def view(self) -> Mapping[str, BackendLoad]:
+        """Every known backend as it stands."""
+        ...
+
+    def watch(self) -> AsyncIterator[StoreEvent]:
+        """What other replicas do, as it happens. Ends when the store is closed."""
+        ...
+
+    async def close(self) -> None:
+        """Give up every lease of this replica and stop watching."""
+        ...
