@@ -1,0 +1,73 @@
+# `make demo` and `make test` do all set-up themselves. The project's environment is .venv, the engine's .venv-vllm.
+# PYTHON is the interpreter .venv is made with (3.11 or later).
+
+PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do \
+	command -v $$candidate >/dev/null 2>&1 && $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && { echo $$candidate; break; }; done)
+ENGINE ?= emulated
+BIN := .venv/bin
+
+.PHONY: help setup engine demo test unit lint format constraints wheel clean
+
+help:
+	@echo "make demo                a mixed-tier workload on four emulated engines, compared with two baselines"
+	@echo "make demo ENGINE=vllm    the same, smaller, in front of real vLLM on CPU"
+	@echo "make test                lint, types and all tests, those against a real vLLM on CPU included"
+	@echo "make unit                the tests that need no real engine"
+	@echo "make lint                ruff and mypy"
+	@echo "make engine              install vLLM for CPU into .venv-vllm"
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt deploy/uv_install.py
+	@test -n "$(PYTHON)" || { echo "Tiergate needs Python 3.11 or later on the PATH (or make PYTHON=...)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; $(MAKE) --no-print-directory venv-package; }
+	$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet -c constraints.txt uv
+	$(BIN)/python deploy/uv_install.py $(BIN)/python --quiet -c constraints.txt -e . --group dev
+	@touch $@
+
+# Debian and Ubuntu keep the venv module in a package of its own.
+.PHONY: venv-package
+venv-package:
+	@command -v apt-get >/dev/null || { echo "$(PYTHON) has no venv module; install it and try again"; exit 1; }
+	$$(test "$$(id -u)" = 0 || echo sudo) apt-get update -qq
+	$$(test "$$(id -u)" = 0 || echo sudo) apt-get install -y -qq $(notdir $(PYTHON))-venv
+	$(PYTHON) -m venv .venv
+
+engine: .venv/.ready
+	$(BIN)/python deploy/vllm_cpu/install.py
+
+demo: .venv/.ready
+ifeq ($(ENGINE),vllm)
+	$(BIN)/python deploy/vllm_cpu/install.py
+endif
+	$(BIN)/tiergate demo --engine $(ENGINE)
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: .venv/.ready
+	$(BIN)/pytest -m "not real_engine"
+
+test: lint
+	$(BIN)/pytest
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+wheel: .venv/.ready
+	rm -rf dist
+	$(BIN)/python -m uv build --quiet --wheel --out-dir dist
+
+# After a change of dependencies: what .venv holds becomes what everybody gets.
+constraints: .venv/.ready
+	@echo '# Exact versions of everything in .venv. Made by `make constraints`.' > constraints.txt
+	$(BIN)/python -m uv pip freeze --quiet --python $(BIN)/python --exclude-editable \
+		| grep -v -E '^(pip|setuptools)==' >> constraints.txt
+	@touch .venv/.ready
+
+clean:
+	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What runs around Tiergate: engine environments and, later, monitoring and cluster manifests."""
