@@ -16,6 +16,7 @@ from adapters.contract import (
     UpstreamError,
 )
 from adapters.errors import error_in_event, failure_of_status, message_of
+from adapters.exchange import Answer, ask
 from adapters.models import ModelList
 from adapters.usage import with_usage
 
@@ -37,8 +38,9 @@ _NOT_FORWARDED = frozenset(
         "upgrade",
     }
 )
+# Elsewhere a stream carries usage by itself, and `stream_options` is unknown or means something else.
+_USAGE_BY_OPTION = frozenset({"/v1/chat/completions", "/v1/completions"})
 EMULATED_HEADER = "x-tiergate-emulated"
-_PROBE_LIMIT_BYTES = 8 << 20
 
 
 class OpenAIAdapter:
@@ -87,10 +89,10 @@ class OpenAIAdapter:
     async def healthy(self) -> bool:
         """Whether the server answers at all; a gateway's 502-504 in front of it is no answer."""
         try:
-            status, _, _ = await self._get("/v1/models")
+            answer = await self._ask("GET", "/v1/models")
         except UpstreamError:
             return False
-        return status not in (502, 503, 504)
+        return answer.status not in (502, 503, 504)
 
     async def read_load(self) -> EngineLoad:
         """Such a server reports nothing: every field is unknown."""
@@ -103,7 +105,7 @@ class OpenAIAdapter:
         if self._api_key is not None:
             _set(headers, "authorization", f"Bearer {self._api_key}")
         body = request.body
-        if request.want_usage and self._adds_usage:
+        if request.want_usage and request.streamed and self._adds_usage and request.path in _USAGE_BY_OPTION:
             body = with_usage(body)
         return UpstreamCall("POST", request.path, headers, body)
 
@@ -136,27 +138,18 @@ class OpenAIAdapter:
         await self._upstream.close()
 
     async def _ask_models(self) -> ModelList:
-        status, headers, body = await self._get("/v1/models")
-        if status in (401, 403):
-            raise UpstreamError(Failure.REJECTED, message_of(body) or f"/v1/models answered {status}", status)
-        emulated = headers.get(EMULATED_HEADER) == "1"
-        return ModelList.read(body, emulated) if status == 200 else ModelList((), None, frozenset(), emulated)
+        answer = await self._ask("GET", "/v1/models")
+        if answer.status in (401, 403):
+            message = message_of(answer.body) or f"/v1/models answered {answer.status}"
+            raise UpstreamError(Failure.REJECTED, message, answer.status)
+        emulated = answer.headers.get(EMULATED_HEADER) == "1"
+        return ModelList.read(answer.body if answer.status == 200 else b"", emulated)
 
-    async def _get(self, path: str) -> tuple[int, Mapping[str, str], bytes]:
-        return await self._ask("GET", path, b"")
-
-    async def _ask(self, method: str, path: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        """One small exchange that is not a client's request."""
-        headers = {"accept": "*/*"}
-        if body:
-            headers["content-type"] = "application/json"
-        if self._api_key is not None:
-            headers["authorization"] = f"Bearer {self._api_key}"
-        response = await self._upstream.open(UpstreamCall(method, path, headers, body, self._probe_timeout_s))
-        try:
-            return response.status, response.headers, await response.read_all(_PROBE_LIMIT_BYTES)
-        finally:
-            response.release()
+    async def _ask(self, method: str, path: str, body: bytes = b"") -> Answer:
+        """One small exchange that is not a client's request. Raises UpstreamError."""
+        return await ask(
+            self._upstream, method, path, body=body, api_key=self._api_key, timeout_s=self._probe_timeout_s
+        )
 
 
 def _set(headers: dict[str, str], name: str, value: str) -> None:

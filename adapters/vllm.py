@@ -1,0 +1,261 @@
+"""Stock vLLM over HTTP, and the emulated engine, which looks the same and says that it emulates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import orjson
+
+from adapters.contract import (
+    Capabilities,
+    EngineLoad,
+    OutgoingRequest,
+    Support,
+    Unsupported,
+    Upstream,
+    UpstreamCall,
+    UpstreamError,
+)
+from adapters.errors import message_of
+from adapters.exchange import NO_ANSWER, Answer
+from adapters.exposition import Sample, Scanner, mean, total
+from adapters.openai import OpenAIAdapter
+
+_RUNNING = "vllm:num_requests_running"
+_WAITING = "vllm:num_requests_waiting"
+_KV_USED = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+_PREEMPTIONS = ("vllm:num_preemptions_total", "vllm:num_preemptions")
+_CACHE_CONFIG = "vllm:cache_config_info"
+_SPECULATION = "vllm:spec_decode_num_drafts_total"
+_LOAD = Scanner((_RUNNING, _WAITING, *_KV_USED, *_PREEMPTIONS))
+_STATIC = Scanner((_RUNNING, _CACHE_CONFIG, _SPECULATION))
+
+_PRIORITY_HEADER = "x-vllm-priority"
+_INT64 = 2**63
+# Guarded by --api-key, so first; the other one exists in development mode and with --tokens-only.
+_ABORT_PATHS = ("/inference/v1/abort_requests", "/abort_requests")
+# What decides how many tokens a chat prompt has, and is known to /tokenize.
+_CHAT_TOKENIZE_FIELDS = (
+    "model",
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
+    "chat_template",
+    "chat_template_kwargs",
+    "mm_processor_kwargs",
+)
+
+
+class VllmAdapter(OpenAIAdapter):
+    """One vLLM server.
+
+    Priority is sent as a header, so a request's body stays as it came. Whether the engine *schedules* by it
+    cannot be seen from outside: vLLM 0.32 takes a priority under any policy and ignores it under `fcfs`. So it is
+    YES only when the configuration or development mode's /server_info says so, NO when the engine refuses a
+    one-token request that has one (older versions), else UNKNOWN, and then it is sent: it does no harm.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        api_key: str | None = None,
+        priority: Support = Support.UNKNOWN,
+        probe_timeout_s: float = 10.0,
+    ) -> None:
+        """`priority`: what is known from configuration; other than UNKNOWN, nothing is probed for it."""
+        super().__init__(upstream, api_key=api_key, probe_timeout_s=probe_timeout_s)
+        self._configured_priority = priority
+        self._sends_priority = priority is Support.YES
+        self._abort_path: str | None = None
+        self._tokenize = Support.UNKNOWN
+
+    async def probe(self) -> Capabilities:
+        """Ask for models, version, metrics and routes; costs at most one generated token.
+
+        Raises UpstreamError when the server does not answer, or wants another API key.
+        """
+        models = await self._ask_models()
+        samples = await self._static_samples()
+        scheduler = await self._scheduler_config()
+        block_tokens, kv_tokens = _kv_capacity(samples)
+        self._tokenize = await self._has_post_route("/tokenize")
+        self._abort_path = None
+        for path in _ABORT_PATHS:
+            if await self._has_post_route(path) is Support.YES:
+                self._abort_path = path
+                break
+        priority = await self._probe_priority(models.names, scheduler)
+        speculates = any(sample.name == _SPECULATION for sample in samples)
+        interval = _positive_int(scheduler.get("stream_interval")) or 1
+        return Capabilities(
+            engine="vllm",
+            version=await self._version(),
+            emulated=models.emulated,
+            models=models.names,
+            max_model_tokens=models.max_model_tokens,
+            kv_tokens=kv_tokens,
+            block_tokens=block_tokens,
+            max_running_seqs=_positive_int(scheduler.get("max_num_seqs")),
+            max_batched_tokens=_positive_int(scheduler.get("max_num_batched_tokens")),
+            priority=priority,
+            tokenize=self._tokenize,
+            abort_by_id=Support.NO if self._abort_path is None else Support.YES,
+            continuous_usage=Support.YES,
+            load=Support.YES if any(sample.name == _RUNNING for sample in samples) else Support.NO,
+            tokens_per_event=None if speculates or interval > 1 else 1,
+        )
+
+    async def healthy(self) -> bool:
+        """Whether /health says so: it fails when the engine process behind the server is dead."""
+        try:
+            answer = await self._ask("GET", "/health")
+        except UpstreamError:
+            return False
+        return answer.status == 200
+
+    async def read_load(self) -> EngineLoad:
+        """From /metrics, summed over data-parallel engines. Raises UpstreamError."""
+        answer = await self._ask("GET", "/metrics")
+        if answer.status != 200:
+            raise self.response_failure(answer.status, answer.body)
+        samples = tuple(_LOAD.samples(answer.body.decode("utf-8", "replace")))
+        return EngineLoad(
+            running=total(samples, _RUNNING),
+            waiting=total(samples, _WAITING),
+            kv_used_fraction=mean(samples, *_KV_USED),
+            preemptions=total(samples, *_PREEMPTIONS),
+        )
+
+    async def read_server_load(self) -> int | None:
+        """Requests the API server itself counts (/load); None unless it was started to track them.
+
+        A server that does not track them answers 0 always, so only a positive number says something.
+        """
+        answer = await self._ask("GET", "/load")
+        return _positive_int(answer.json_object().get("server_load")) if answer.status == 200 else None
+
+    def prepare(self, request: OutgoingRequest) -> UpstreamCall:
+        """As OpenAI, and the priority in a header (a client's own one is dropped)."""
+        call = super().prepare(request)
+        headers = {name: value for name, value in call.headers.items() if name.lower() != _PRIORITY_HEADER}
+        if request.priority is not None and self._sends_priority:
+            headers[_PRIORITY_HEADER] = str(max(-_INT64, min(request.priority, _INT64 - 1)))
+        return UpstreamCall(call.method, call.path, headers, call.body, call.timeout_s)
+
+    async def abort(self, request_id: str) -> None:
+        """Abort what was sent under `request_id`. Raises Unsupported, or UpstreamError.
+
+        The engine knows a completion as ``cmpl-<id>-<index of the prompt>`` and a chat as ``chatcmpl-<id>``; it
+        passes over names it does not know, so the first prompt's and the chat's are both given. The list is
+        never empty: an empty one aborts everything.
+        """
+        if self._abort_path is None:
+            raise Unsupported(
+                "abort by id: the server has no abort route (development mode or --enable-scale-out)"
+            )
+        body = orjson.dumps({"request_ids": [f"cmpl-{request_id}-0", f"chatcmpl-{request_id}"]})
+        answer = await self._ask("POST", self._abort_path, body)
+        if answer.status != 200:
+            raise self.response_failure(answer.status, answer.body)
+
+    async def count_tokens(self, body: Mapping[str, object]) -> int:
+        """Prompt tokens by /tokenize; a prompt of token ids is counted here.
+
+        Raises Unsupported for a list of several texts, or a server without the route; UpstreamError when the
+        engine refuses the prompt.
+        """
+        question = _tokenize_question(body)
+        if isinstance(question, int):
+            return question
+        if self._tokenize is Support.NO:
+            raise Unsupported("count tokens: the server has no /tokenize")
+        answer = await self._ask("POST", "/tokenize", orjson.dumps(question))
+        if answer.status != 200:
+            raise self.response_failure(answer.status, answer.body)
+        count = answer.json_object().get("count")
+        if not isinstance(count, int):
+            raise Unsupported("count tokens: /tokenize answered without a count")
+        return count
+
+    async def _version(self) -> str | None:
+        answer = await self._try_get("/version")
+        version = answer.json_object().get("version") if answer.status == 200 else None
+        return version if isinstance(version, str) else None
+
+    async def _static_samples(self) -> tuple[Sample, ...]:
+        answer = await self._try_get("/metrics")
+        return tuple(_STATIC.samples(answer.body.decode("utf-8", "replace"))) if answer.status == 200 else ()
+
+    async def _scheduler_config(self) -> Mapping[str, object]:
+        """Development mode's word on the scheduler; empty without it."""
+        answer = await self._try_get("/server_info?config_format=json")
+        config = answer.json_object().get("vllm_config") if answer.status == 200 else None
+        scheduler = config.get("scheduler_config") if isinstance(config, dict) else None
+        return scheduler if isinstance(scheduler, dict) else {}
+
+    async def _has_post_route(self, path: str) -> Support:
+        """A GET on a route that only takes POST is answered 405; so nothing is done by asking."""
+        status = (await self._try_get(path)).status
+        return Support.YES if status == 405 else Support.NO if status == 404 else Support.UNKNOWN
+
+    async def _probe_priority(self, models: tuple[str, ...], scheduler: Mapping[str, object]) -> Support:
+        if self._configured_priority is not Support.UNKNOWN:
+            return self._configured_priority
+        policy = scheduler.get("policy")
+        if isinstance(policy, str):
+            self._sends_priority = policy == "priority"
+            return Support.YES if self._sends_priority else Support.NO
+        if not models:
+            return Support.UNKNOWN
+        body = {"model": models[0], "prompt": "a", "max_tokens": 1, "priority": 1}
+        try:
+            answer = await self._ask("POST", "/v1/completions", orjson.dumps(body))
+        except UpstreamError:
+            return Support.UNKNOWN
+        self._sends_priority = answer.status == 200
+        refused = answer.status == 400 and "priority" in (message_of(answer.body) or "").lower()
+        return Support.NO if refused else Support.UNKNOWN
+
+    async def _try_get(self, path: str) -> Answer:
+        """One route's silence must not fail the whole probe."""
+        try:
+            return await self._ask("GET", path)
+        except UpstreamError:
+            return NO_ANSWER
+
+
+def _kv_capacity(samples: tuple[Sample, ...]) -> tuple[int | None, int | None]:
+    """Block size and KV capacity in tokens. Each engine's line carries the number of blocks of all of them."""
+    for sample in samples:
+        if sample.name == _CACHE_CONFIG:
+            block_tokens = _positive_int(sample.labels.get("block_size"))
+            blocks = _positive_int(sample.labels.get("num_gpu_blocks"))
+            return block_tokens, block_tokens * blocks if block_tokens and blocks else None
+    return None, None
+
+
+def _tokenize_question(body: Mapping[str, object]) -> dict[str, object] | int:
+    if "messages" in body:
+        return {name: body[name] for name in _CHAT_TOKENIZE_FIELDS if body.get(name) is not None}
+    prompt = body.get("prompt", body.get("input"))
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        question: dict[str, object] = {"prompt": prompt}
+        question |= {name: body[name] for name in ("model", "add_special_tokens") if body.get(name) is not None}
+        return question
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(token, int) for token in prompt):
+            return len(prompt)
+        if all(isinstance(part, list) for part in prompt):
+            return sum(len(part) for part in prompt)
+    raise Unsupported("count tokens: the body has neither messages nor one prompt")
+
+
+def _positive_int(value: object) -> int | None:
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
