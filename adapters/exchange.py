@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import orjson
 
@@ -13,15 +12,13 @@ from adapters.contract import Failure, Upstream, UpstreamCall, UpstreamError
 
 ANSWER_LIMIT_BYTES = 8 << 20
 
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A whole answer. `status` is 0 when there was none."""
 
     status: int
-    headers: Mapping[str, str] = _NO_HEADERS
+    headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
 
     def json_object(self) -> Mapping[str, object]:

@@ -20,7 +20,7 @@ class LoadVector:
     decodes: int = 0
     peak_kv_tokens: int = 0
     queued_prefill_tokens: int = 0
-    residents: Mapping[str, int] = field(default=_NOBODY)
+    residents: Mapping[str, int] = field(default_factory=lambda: _NOBODY)
     age_s: float = 0.0
 
     def __add__(self, other: LoadVector) -> LoadVector:
