@@ -57,6 +57,7 @@ class Decision:
     reason: str
     backend: str | None
     candidates: tuple[Candidate, ...]
+    looked_at: int = 0  # how many backends in all; `candidates` names the first of them
 
 
 class RefusalKind(Enum):

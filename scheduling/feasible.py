@@ -1,0 +1,156 @@
+"""Does a placement keep every promise: the newcomer's own, and every resident's?
+
+The order of the checks is the order of their price. The first that fails names the verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from scheduling.decisions import Verdict
+from scheduling.ledger import Ledger
+from scheduling.load import Limits
+from scheduling.predict import DEFAULT_CHUNK_TOKENS, Prefill, steady_step_s, walk_prefill
+from scheduling.requests import Request
+
+
+@dataclass(slots=True)
+class Judgement:
+    """A verdict and the numbers it rests on; None where a cheaper check had decided already."""
+
+    verdict: Verdict
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    peak_kv_tokens: int | None = None
+    pace_s: float = math.inf
+    prefill: Prefill | None = None
+
+    @property
+    def feasible(self) -> bool:
+        return self.verdict is Verdict.FEASIBLE
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked of a backend for one request.
+
+    ``own_tpot_s`` and ``ttft_left_s`` are infinite when its own promise does not count (best effort, relegated).
+    """
+
+    request: Request
+    output_tokens: float
+    own_tpot_s: float
+    ttft_due_s: float
+
+
+def fits_hard_limits(ledger: Ledger, ask: Ask) -> Verdict | None:
+    """The engine's own caps, which hold for every policy; None when it fits."""
+    limits = ledger.backend.limits
+    request = ask.request
+    if limits.max_running_seqs is not None and ledger.seqs + request.sequences > limits.max_running_seqs:
+        return Verdict.FULL
+    if limits.max_model_tokens is not None and request.prompt_tokens >= limits.max_model_tokens:
+        return Verdict.TOO_LONG
+    return None
+
+
+def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float) -> Judgement:
+    """Every promise, in order: caps, steady state, memory, first token, second token, residents' slack."""
+    backend = ledger.backend
+    pace_s = min(host_tpot_s, ask.own_tpot_s, ledger.tightest_tpot_s)
+    enforced = backend.calibrated
+    if enforced and ledger.floor_s * backend.margin > pace_s:
+        return Judgement(Verdict.STEADY_STATE, tpot_s=ledger.floor_s, pace_s=pace_s)
+    hard = fits_hard_limits(ledger, ask)
+    if hard is not None:
+        return Judgement(hard, pace_s=pace_s)
+
+    request = ask.request
+    peak = ledger.peak_kv_with(request.prompt_tokens, ask.output_tokens, request.sequences)
+    steady_s = steady_step_s(ledger, request, peak)
+    if enforced and steady_s * backend.margin > pace_s:
+        return Judgement(Verdict.STEADY_STATE, None, steady_s, peak, pace_s)
+    capacity = backend.limits.kv_tokens
+    if capacity is not None and peak > capacity and ledger.seqs:
+        return Judgement(Verdict.MEMORY, None, steady_s, peak, pace_s)
+
+    prefill = walk_prefill(ledger, request, now_s, pace_s)
+    ttft_s = now_s - request.arrival_s + prefill.service_s
+    verdict = _wait_verdict(ledger, ask, prefill, now_s) if enforced else Verdict.FEASIBLE
+    return Judgement(verdict, ttft_s, steady_s, peak, pace_s, prefill)
+
+
+def _wait_verdict(ledger: Ledger, ask: Ask, prefill: Prefill, now_s: float) -> Verdict:
+    margin = ledger.backend.margin
+    first_s = now_s + prefill.service_s * margin
+    if first_s > ask.ttft_due_s:
+        return Verdict.FIRST_TOKEN
+    if first_s + prefill.next_step_s * margin > ask.ttft_due_s + ask.own_tpot_s:
+        return Verdict.SECOND_TOKEN
+    if ledger.slack_floor and not residents_keep_pace(ledger, prefill):
+        return Verdict.RESIDENT_SLACK
+    return Verdict.FEASIBLE
+
+
+def residents_keep_pace(ledger: Ledger, prefill: Prefill) -> bool:
+    """Whether the steps that carry the prompt make any resident's token late.
+
+    Each of those steps gives every resident one token, due one pace after the other, behind the slack it has
+    banked (DSLO). Lateness after j steps is convex in j, so its ends decide.
+    """
+    margin = ledger.backend.margin
+    first_s = prefill.wait_s + prefill.first_step_s * margin
+    all_s = prefill.wait_s + prefill.total_s * margin
+    steps = prefill.steps
+    for tpot_s, slack_s in ledger.slack_floor:
+        if first_s > slack_s + tpot_s or all_s > slack_s + steps * tpot_s:
+            return False
+    return True
+
+
+def limits_for(ledger: Ledger, ask: Ask, judged: Judgement) -> Limits:
+    """The box of loads around this placement in which its promises still hold, in the store's sums.
+
+    The corner is found along the direction "more requests like this one": as many as keep the steady step
+    within the pace by the slope measured there, halved when one evaluation at the corner disagrees.
+    """
+    request = ask.request
+    seqs = request.sequences
+    kv_each = max(int((request.prompt_tokens + ask.output_tokens) * seqs), 1)
+    base_decodes = ledger.stored_decodes + ledger.foreign.decodes + seqs
+    base_kv = ledger.stored_kv_tokens + ledger.foreign.peak_kv_tokens + kv_each
+    base_prefill = ledger.stored_prefill_tokens + ledger.foreign.queued_prefill_tokens
+    base_prefill += (request.prompt_tokens - request.cached_tokens) * seqs
+    more = _room(ledger, judged, kv_each, seqs)
+    prefill = judged.prefill
+    chunk = ledger.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS
+    prefill_room = chunk
+    if prefill is not None and math.isfinite(ask.ttft_due_s) and judged.ttft_s is not None:
+        left_s = max(ask.ttft_due_s - request.arrival_s - judged.ttft_s, 0.0)
+        prefill_room = int(left_s / max(prefill.first_step_s, 1e-6)) * chunk
+    return Limits(base_decodes + more * seqs, base_kv + more * kv_each, base_prefill + prefill_room)
+
+
+def _room(ledger: Ledger, judged: Judgement, kv_each: int, seqs: int) -> int:
+    backend = ledger.backend
+    limits = backend.limits
+    peak = judged.peak_kv_tokens or ledger.peak_kv_tokens
+    most = 64
+    if limits.max_running_seqs is not None:
+        most = min(most, (limits.max_running_seqs - ledger.seqs - seqs) // seqs)
+    if limits.kv_tokens is not None:
+        most = min(most, max(limits.kv_tokens - peak, 0) // kv_each)
+    if most <= 0:
+        return 0
+    if not backend.calibrated or math.isinf(judged.pace_s) or judged.tpot_s is None:
+        return most
+    within_s = judged.pace_s / backend.margin
+    at = ledger.seqs + seqs
+    decode_seconds = backend.step_time.decode_seconds
+    slope_s = decode_seconds(at + seqs, peak + kv_each) - judged.tpot_s
+    if slope_s > 0:
+        most = min(most, int((within_s - judged.tpot_s) / slope_s))
+    while most > 0 and decode_seconds(at + most * seqs, peak + most * kv_each) > within_s:
+        most //= 2
+    return max(most, 0)

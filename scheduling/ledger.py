@@ -1,0 +1,307 @@
+"""Who is on one backend, and what follows from it for a newcomer.
+
+A `Ledger` is the only mutable view of a backend in the core. It is brought up to date by events (placed, first
+token, progress, ended), so that a decision reads sums and short arrays instead of walking residents:
+
+* `seqs`, `kv_tokens`, `queued_prefill_tokens`: sums over residents, here and on other replicas;
+* the **growth curve**: how KV rises and falls until the last resident has ended, so the peak with a newcomer
+  costs a binary search (PolyServe §4.5 simulates future iterations for the same number);
+* the **slack floor**: per pace, the least time any resident has left until its next token is due.
+
+A resident whose token is late already has lost its promise: it is served on, but holds nobody back.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from itertools import accumulate
+from operator import attrgetter
+
+from scheduling.backends import Backend
+from scheduling.lengths import LengthModel
+from scheduling.load import Cost, LoadVector
+from scheduling.requests import Request
+
+_BY_REMAINING = attrgetter("remaining_tokens")
+_NOTHING = LoadVector()
+
+
+class Resident:
+    """One request on a backend, from the moment its place was asked for until its lease ends."""
+
+    __slots__ = (
+        "cost",
+        "expected_first_s",
+        "first_token",
+        "generated_tokens",
+        "guest",
+        "kv_tokens",
+        "lease_id",
+        "lengths",
+        "lost",
+        "placed_s",
+        "prefill_tokens",
+        "remaining_tokens",
+        "request",
+        "seen_s",
+        "tpot_s",
+    )
+
+    def __init__(
+        self, lease_id: str, request: Request, cost: Cost, lengths: LengthModel, placed_s: float, *, guest: bool
+    ) -> None:
+        self.lease_id = lease_id
+        self.request = request
+        self.cost = cost
+        self.lengths = lengths
+        self.placed_s = placed_s
+        self.seen_s = placed_s
+        self.guest = guest
+        self.first_token = False
+        self.lost = False
+        self.generated_tokens = 0
+        self.expected_first_s = math.inf
+        self.prefill_tokens = cost.prefill_tokens
+        self.tpot_s = math.inf if request.slo.tpot_s is None else request.slo.tpot_s
+        self.kv_tokens = request.prompt_tokens * request.sequences
+        self.remaining_tokens = expected_output_tokens(request, lengths)
+
+    def advance(self, generated_tokens: int, seen_s: float) -> None:
+        """Its streams were at `generated_tokens` (per sequence) at `seen_s`."""
+        request = self.request
+        self.seen_s = seen_s
+        self.generated_tokens = generated_tokens
+        self.kv_tokens = (request.prompt_tokens + generated_tokens) * request.sequences
+        self.remaining_tokens = expected_output_tokens(request, self.lengths, generated_tokens)
+
+    def due_s(self) -> float:
+        """When its next token is due."""
+        return self.request.slo.deadline_s(self.request.arrival_s, self.generated_tokens)
+
+
+def expected_output_tokens(request: Request, lengths: LengthModel, generated_tokens: int = 0) -> float:
+    """Tokens still to come: the client's hint, else what was learned; never beyond `max_output_tokens`."""
+    hint = request.expected_output_tokens
+    if hint is not None and hint > generated_tokens:
+        expected = float(hint - generated_tokens)
+    else:
+        expected = lengths.remaining(generated_tokens)
+    if request.max_output_tokens is not None:
+        expected = min(expected, request.max_output_tokens - generated_tokens)
+    return max(expected, 1.0)
+
+
+class Ledger:
+    """One backend with its residents. `tier` is its membership (None: the pool)."""
+
+    __slots__ = (
+        "_after",
+        "_before",
+        "_remaining",
+        "_suffix_kv",
+        "_suffix_seqs",
+        "backend",
+        "blocked_until_s",
+        "claiming_for",
+        "decode_kv_tokens",
+        "decodes",
+        "empty_checks",
+        "epoch",
+        "failures",
+        "floor_s",
+        "foreign",
+        "kv_tokens",
+        "last_step_s",
+        "load",
+        "peak_kv_tokens",
+        "prefill_since_s",
+        "queued",
+        "queued_prefill_tokens",
+        "residents",
+        "seqs",
+        "slack_floor",
+        "step_s",
+        "stored_decodes",
+        "stored_kv_tokens",
+        "stored_prefill_tokens",
+        "tier",
+        "tightest_tpot_s",
+    )
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.tier: str | None = None
+        self.epoch = 0
+        self.claiming_for: str | None = None
+        self.residents: dict[str, Resident] = {}
+        self.foreign = _NOTHING
+        self.failures = 0
+        self.blocked_until_s = -math.inf
+        self.empty_checks = 0
+        self.step_s: float | None = None
+        self.last_step_s: float | None = None
+        self.prefill_since_s = -math.inf
+        self.stored_decodes = self.stored_kv_tokens = self.stored_prefill_tokens = 0
+        self.load = 0.0
+        self._clear_sums()
+
+    def _clear_sums(self) -> None:
+        self.seqs = self.foreign.decodes
+        self.decodes = self.foreign.decodes
+        self.queued = 0
+        self.kv_tokens = self.decode_kv_tokens = self.peak_kv_tokens = self.foreign.peak_kv_tokens
+        self.queued_prefill_tokens = self.foreign.queued_prefill_tokens
+        self.tightest_tpot_s = math.inf
+        self.slack_floor: tuple[tuple[float, float], ...] = ()
+        self._remaining: list[float] = []
+        self._suffix_kv: list[float] = [float(self.kv_tokens)]
+        self._suffix_seqs: list[int] = [0]
+        self._before: list[float] = []
+        self._after: list[float] = [0.0]
+        self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
+
+    # --- events --------------------------------------------------------------------------------------------
+
+    def place(self, resident: Resident, now_s: float) -> None:
+        if not any(not r.first_token for r in self.residents.values()):
+            self.prefill_since_s = now_s
+        self.residents[resident.lease_id] = resident
+        self.stored_decodes += resident.cost.decodes
+        self.stored_kv_tokens += resident.cost.peak_kv_tokens
+        self.stored_prefill_tokens += resident.cost.prefill_tokens
+        self.refresh(now_s)
+
+    def remove(self, lease_id: str, now_s: float) -> Resident | None:
+        resident = self.residents.pop(lease_id, None)
+        if resident is None:
+            return None
+        self.stored_decodes -= resident.cost.decodes
+        self.stored_kv_tokens -= resident.cost.peak_kv_tokens
+        self.stored_prefill_tokens -= resident.cost.prefill_tokens
+        self.refresh(now_s)
+        return resident
+
+    def first_token(self, lease_id: str, now_s: float) -> None:
+        resident = self.residents.get(lease_id)
+        if resident is not None and not resident.first_token:
+            resident.first_token = True
+            resident.advance(max(resident.generated_tokens, 1), now_s)
+            self.prefill_since_s = now_s
+            self.last_step_s = now_s
+            self.refresh(now_s)
+
+    def refresh(self, now_s: float) -> None:
+        """Bring every sum up to date: linear in residents, once an event, never in a decision."""
+        if not self.residents:
+            self._clear_sums()
+            return
+        slack: dict[float, float] = {}
+        seqs = decodes = kv_tokens = decode_kv_tokens = queued = queued_tokens = 0
+        tightest = math.inf
+        for resident in self.residents.values():
+            count = resident.request.sequences
+            seqs += count
+            kv_tokens += resident.kv_tokens
+            if not resident.first_token:
+                if now_s < resident.expected_first_s or resident.request.streamed:
+                    queued += count
+                    queued_tokens += resident.prefill_tokens
+                    if not resident.lost and resident.tpot_s < tightest:
+                        tightest = resident.tpot_s
+                    continue
+                self._guess_progress(resident, now_s)
+            decodes += count
+            decode_kv_tokens += resident.kv_tokens
+            if resident.lost:
+                continue
+            # from when it was last seen: since then it has moved on with its neighbours
+            left_s = resident.due_s() - resident.seen_s
+            if left_s < 0.0 and resident.request.streamed:
+                resident.lost = True
+                continue
+            tpot_s = resident.tpot_s
+            if tpot_s < tightest:
+                tightest = tpot_s
+            if left_s < slack.get(tpot_s, math.inf):
+                slack[tpot_s] = left_s
+        foreign = self.foreign
+        self.seqs = seqs + foreign.decodes
+        self.decodes = decodes + foreign.decodes
+        self.kv_tokens = kv_tokens + foreign.peak_kv_tokens
+        self.decode_kv_tokens = decode_kv_tokens + foreign.peak_kv_tokens
+        self.queued = queued
+        self.queued_prefill_tokens = queued_tokens + foreign.queued_prefill_tokens
+        self.tightest_tpot_s = tightest
+        self.slack_floor = tuple(slack.items())
+        self._draw_growth()
+        self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
+
+    def _guess_progress(self, resident: Resident, now_s: float) -> None:
+        """A request that is not streamed shows nothing: it is taken to run at the backend's pace."""
+        step_s = self.step_s or self.floor_s
+        tokens = 1 + int((now_s - resident.expected_first_s) / step_s) if step_s > 0 else 1
+        resident.advance(min(tokens, resident.request.max_output_tokens or tokens), now_s)
+
+    def _draw_growth(self) -> None:
+        """KV at each expected end, residents sorted by what they have left.
+
+        Just before the j-th end (remaining e_j) the KV is sum over i >= j of (kv_i + seqs_i * e_j).
+        """
+        order = sorted(self.residents.values(), key=_BY_REMAINING)
+        remaining = [r.remaining_tokens for r in order]
+        falling = order[::-1]
+        suffix_kv = list(accumulate((r.kv_tokens for r in falling), initial=float(self.foreign.peak_kv_tokens)))
+        suffix_seqs = list(accumulate((r.request.sequences for r in falling), initial=0))
+        suffix_kv.reverse()
+        suffix_seqs.reverse()
+        peaks = [kv + n * e for kv, n, e in zip(suffix_kv, suffix_seqs, remaining, strict=False)]
+        self._remaining = remaining
+        self._suffix_kv = suffix_kv
+        self._suffix_seqs = suffix_seqs
+        self._before = list(accumulate((p + e for p, e in zip(peaks, remaining, strict=True)), max))
+        after = list(accumulate(reversed(peaks), max, initial=0.0))
+        after.reverse()
+        self._after = after
+        self.peak_kv_tokens = math.ceil(after[0])
+
+    # --- questions -----------------------------------------------------------------------------------------
+
+    def peak_kv_with(self, prompt_tokens: int, output_tokens: float, sequences: int = 1) -> int:
+        """The most KV everybody will need at once if a newcomer joins: it holds its prompt from the start,
+        grows by one token a step and leaves after `output_tokens`."""
+        at = bisect_right(self._remaining, output_tokens)
+        base = prompt_tokens * sequences
+        own_end = self._suffix_kv[at] + self._suffix_seqs[at] * output_tokens + base + output_tokens * sequences
+        peak = max(own_end, self._after[at])
+        if at:
+            earlier = self._before[at - 1] + base
+            if sequences > 1:
+                earlier += (sequences - 1) * self._remaining[at - 1]
+            peak = max(peak, earlier)
+        return math.ceil(peak)
+
+    def kv_fraction(self) -> float:
+        capacity = self.backend.limits.kv_tokens
+        return self.peak_kv_tokens / capacity if capacity else 0.0
+
+    def first_end_tokens(self) -> float | None:
+        """Steps until the first resident is expected to end; None when there is none."""
+        return self._remaining[0] if self._remaining else None
+
+    def own_load(self) -> LoadVector:
+        """What this replica carries here, measured: what it publishes."""
+        residents: dict[str, int] = {}
+        for resident in self.residents.values():
+            tier = resident.request.tier
+            residents[tier] = residents.get(tier, 0) + resident.request.sequences
+        return LoadVector(
+            self.seqs - self.foreign.decodes,
+            max(self.peak_kv_tokens - self.foreign.peak_kv_tokens, 0),
+            self.queued_prefill_tokens - self.foreign.queued_prefill_tokens,
+            residents,
+        )
+
+    @property
+    def idle(self) -> bool:
+        return not self.residents and self.foreign.idle

@@ -1,0 +1,117 @@
+"""One look over the fleet for one request: the first backend, in the policy's order, that passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduling.backends import BackendState
+from scheduling.decisions import Candidate, Outcome, Verdict
+from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge
+from scheduling.ledger import Ledger
+from scheduling.policies.protocol import Admission, Stage
+from scheduling.predict import steady_step_s, walk_prefill
+
+RECORDED_CANDIDATES = 24
+"""Candidates a decision names one by one; the rest are counted by verdict in its reason."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """Where a request goes, and what the choice rests on."""
+
+    ledger: Ledger
+    outcome: Outcome
+    host_tpot_s: float
+    judged: Judgement
+
+
+@dataclass(slots=True)
+class Look:
+    """What a look over the fleet found. `choice` is None when nothing passed."""
+
+    choice: Choice | None
+    candidates: tuple[Candidate, ...]
+    looked_at: int
+    verdicts: dict[Verdict, int]
+
+    def why(self) -> str:
+        """The verdicts, counted, most frequent first."""
+        counted = sorted(self.verdicts.items(), key=lambda item: (-item[1], item[0].value))
+        return ", ".join(f"{count} {verdict.value}" for verdict, count in counted) or "no backend"
+
+
+def look(
+    stages: Iterable[Stage], ask: Ask, admission: Admission, now_s: float, excluded: frozenset[str] = frozenset()
+) -> Look:
+    """Walk the stages and stop at the first backend that passes."""
+    seen: list[tuple[Ledger, Verdict, Judgement | None]] = []
+    every_promise = admission is Admission.EVERY_PROMISE
+    model = ask.request.model
+    own_s = ask.own_tpot_s
+    for stage in stages:
+        host_s = stage.host_tpot_s
+        pace_s = min(host_s, own_s)
+        for ledger in stage.ledgers:
+            backend = ledger.backend
+            if (
+                backend.state is not BackendState.UP
+                or now_s < ledger.blocked_until_s
+                or (backend.models and model not in backend.models)
+                or backend.name in excluded
+            ):
+                seen.append((ledger, Verdict.UNAVAILABLE, None))
+                continue
+            if every_promise:
+                # the cheapest check first: even one more token of KV makes steps too slow
+                if backend.calibrated and ledger.floor_s * backend.margin > pace_s:
+                    seen.append((ledger, Verdict.STEADY_STATE, None))
+                    continue
+                judged = judge(ledger, ask, host_s, now_s)
+            else:
+                judged = _judge_own(ledger, ask, now_s)
+            seen.append((ledger, judged.verdict, judged))
+            if judged.verdict is Verdict.FEASIBLE:
+                return _found(seen, Choice(ledger, stage.outcome, host_s, judged))
+    return _found(seen, None)
+
+
+def _judge_own(ledger: Ledger, ask: Ask, now_s: float) -> Judgement:
+    """For a router without tiers: hard caps, memory as it is, and the newcomer's own first token."""
+    hard = fits_hard_limits(ledger, ask)
+    if hard is not None:
+        return Judgement(hard)
+    request = ask.request
+    peak = ledger.peak_kv_with(request.prompt_tokens, ask.output_tokens, request.sequences)
+    steady_s = steady_step_s(ledger, request, peak)
+    capacity = ledger.backend.limits.kv_tokens
+    if capacity is not None and ledger.seqs and peak > capacity:
+        return Judgement(Verdict.MEMORY, None, steady_s, peak)
+    prefill = walk_prefill(ledger, request, now_s, math.inf)
+    ttft_s = now_s - request.arrival_s + prefill.service_s
+    late = ledger.backend.calibrated and now_s + prefill.service_s * ledger.backend.margin > ask.ttft_due_s
+    verdict = Verdict.FIRST_TOKEN if late else Verdict.FEASIBLE
+    return Judgement(verdict, ttft_s, steady_s, peak, math.inf, prefill)
+
+
+def _found(seen: list[tuple[Ledger, Verdict, Judgement | None]], choice: Choice | None) -> Look:
+    verdicts: dict[Verdict, int] = {}
+    for _, verdict, _ in seen:
+        verdicts[verdict] = verdicts.get(verdict, 0) + 1
+    named = seen
+    if len(seen) > RECORDED_CANDIDATES:
+        named = [*seen[: RECORDED_CANDIDATES - 1], seen[-1]]
+    candidates = tuple(
+        Candidate(
+            ledger.backend.name,
+            ledger.tier,
+            verdict,
+            judged.ttft_s if judged else None,
+            judged.tpot_s if judged else ledger.floor_s,
+            judged.peak_kv_tokens if judged else None,
+            ledger.load,
+        )
+        for ledger, verdict, judged in named
+    )
+    return Look(choice, candidates, len(seen), verdicts)

@@ -1,0 +1,16 @@
+"""Minimal: the backend whose next steps are predicted to be the shortest (PolyServe §5 baseline)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scheduling.fleet import Fleet
+from scheduling.ledger import Ledger
+from scheduling.policies.baseline import Baseline
+
+
+class Minimal(Baseline):
+    name = "minimal"
+
+    def order(self, fleet: Fleet) -> Sequence[Ledger]:
+        return sorted(fleet, key=lambda ledger: (ledger.floor_s, ledger.seqs, ledger.backend.name))
