@@ -73,8 +73,7 @@ class ServerProcess:
             raise RuntimeError("the server was not started")
         return self._process.pid
 
-    @property
-    def returncode(self) -> int | None:
+    def poll(self) -> int | None:
         """The exit code; None while it runs or before it was started. Negative for a signal, as in subprocess."""
         return None if self._process is None else self._process.poll()
 
@@ -98,8 +97,8 @@ class ServerProcess:
         """Wait until `ready_url` answers. Raises ServerFailed; the process is stopped then."""
         deadline = time.monotonic() + self._ready_timeout_s
         while time.monotonic() < deadline:
-            if self.returncode is not None:
-                code = self.returncode
+            if self.poll() is not None:
+                code = self.poll()
                 self.stop()
                 raise ServerFailed(f"{self.command[0]} ended with {code} before it was ready:\n{self._tail()}")
             if _answers(self.ready_url):

@@ -73,7 +73,6 @@ def vllm_server(
         log_path,
         environment={**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": cpus or "auto"},
         ready_timeout_s=READY_TIMEOUT_S,
-        stop_signal=signal.SIGINT,  # vLLM takes its engine processes down with it on this one
     )
 
 
@@ -89,7 +88,6 @@ def transformers_server(programs: Path, model: Path, port: int, log_path: Path, 
         log_path,
         environment={**ENVIRONMENT, "HF_HOME": str(cache)},
         ready_timeout_s=READY_TIMEOUT_S,
-        stop_signal=signal.SIGINT,
     )
 
 
