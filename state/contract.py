@@ -1,4 +1,4 @@
-"""The store contract. Every implementation passes the same tests (tests/state/contract.py).
+"""The store contract. Every implementation passes the same tests (tests/state/test_contract.py).
 
 Load is reserved by **lease**: `reserve` adds a request's cost to one backend, `release` takes it away, both
 idempotent by `lease_id`, so an answer that was lost is simply asked for again. Each replica writes only its own
@@ -87,11 +87,19 @@ class Store(Protocol):
         ...
 
     async def reserve(self, lease_id: str, candidates: Sequence[ReserveCandidate]) -> Granted | Denied:
-        """Take the first candidate that fits (see `ReserveCandidate`). Idempotent by `lease_id`."""
+        """Take the first candidate that fits (see `ReserveCandidate`). Idempotent by `lease_id`.
+
+        A lease that was released is denied from then on, so a request that was delayed cannot revive it.
+        The tightest resident of a backend is the smallest ``tpot_ms`` among all replicas' leases on it.
+        """
         ...
 
     async def release(self, lease_id: str) -> None:
-        """End a lease. Idempotent; a lease that was never granted (or whose grant was lost) ends too."""
+        """End a lease. Idempotent; a lease that was never granted (or whose grant was lost) ends too.
+
+        Its cost leaves the load. Where a publish came since the grant, the prefill it reserved stays counted until
+        the next publish (how much of it was still queued is not known here), or until no such lease is left.
+        """
         ...
 
     async def publish(self, backend: str, own: LoadVector, sequence: int) -> bool:
