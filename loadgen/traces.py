@@ -17,9 +17,11 @@ from __future__ import annotations
 import csv
 import gzip
 import importlib.resources
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -197,6 +199,8 @@ def _read(file: IO[str], path: str, name: str, limit: int | None) -> Trace:
     first = file.readline()
     file.seek(0)
     lines: Iterator[_Line]
+    reader: _Reader
+    block_tokens: int | None
     if first.lstrip("\ufeff \t").startswith("{"):
         lines = _json_lines(file, path)
         is_bailian = '"chat_id"' in first
@@ -254,13 +258,13 @@ def _normalised(name: str, requests: list[TraceRequest], dropped: int, block_tok
     return Trace(name, shifted, dropped, block_tokens, _tick_s(shifted))
 
 
-def _tick_s(requests: Iterable[TraceRequest]) -> float | None:
-    """The coarse clock behind arrivals that come in heaps: a whole number of seconds above one, or None."""
+def _tick_s(requests: Sequence[TraceRequest]) -> float | None:
+    """The coarse clock behind arrivals that come in heaps: the usual gap between heaps, at least one second."""
     distinct = sorted({request.arrival_s for request in requests})
-    if len(distinct) < 3 or any(arrival_s != int(arrival_s) for arrival_s in distinct):
+    if len(distinct) < 3 or 2 * len(distinct) > len(requests):
         return None
-    tick = math.gcd(*(int(arrival_s) for arrival_s in distinct))
-    return float(tick) if tick >= 1 else None
+    tick_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(distinct))
+    return tick_s if tick_s >= 0.999 else None
 
 
 def spread_ticks(trace: Trace, rng: random.Random) -> Trace:
