@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from adapters.emulated.driver import EngineDriver
+from adapters.emulated.lag import LoopLag
 from adapters.emulated.settings import VERSION, EmulatedSettings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def render(settings: EmulatedSettings, driver: EngineDriver) -> bytes:
+def render(settings: EmulatedSettings, driver: EngineDriver, lag: LoopLag | None) -> bytes:
     """All metrics in Prometheus' text format."""
     page = _Page(f'engine="0",model_name="{_escape(settings.model)}"')
     _engine(page, settings, driver)
     _requests(page, driver)
     _emulation(page, settings, driver)
+    if lag is not None:
+        name = "tiergate_emulated_event_loop_lag_seconds"
+        page.head(name, "histogram", "How late the process's event loop is, whatever the engines do.")
+        page.add(*lag.lateness.lines(name, page.labels))
     return page.bytes()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 
@@ -20,6 +20,7 @@ from adapters.emulated import exposition
 from adapters.emulated.driver import EngineDriver
 from adapters.emulated.errors import ApiError
 from adapters.emulated.generation import Generations, json_answer, read_json
+from adapters.emulated.lag import LoopLag
 from adapters.emulated.prompts import Prompt, chat_prompt
 from adapters.emulated.protocol import DetokenizeBody, TokenizeBody, parse
 from adapters.emulated.settings import EMULATED_HEADER, OWNER, VERSION, EmulatedSettings
@@ -34,6 +35,7 @@ class EmulatedEngine:
     def __init__(self, settings: EmulatedSettings, step_time: StepTime) -> None:
         self.settings = settings
         self.driver = EngineDriver(EngineModel(settings.engine, step_time), settings.noise_sigma, settings.seed)
+        self.lag: LoopLag | None = None  # the process's, while it is served
         self._started_s = int(time.time())
         self._generations = Generations(settings, self.driver)
 
@@ -110,7 +112,7 @@ class EmulatedEngine:
 
     async def metrics(self, _request: web.Request) -> web.StreamResponse:
         """GET /metrics."""
-        page = exposition.render(self.settings, self.driver)
+        page = exposition.render(self.settings, self.driver, self.lag)
         return web.Response(body=page, headers={"content-type": exposition.CONTENT_TYPE})
 
 
@@ -134,33 +136,41 @@ async def serving(
     Leaving it closes the ports, lets open requests go on for up to `grace_s`, then cuts what is left.
     Raises OSError when a port is taken.
     """
-    wanted = [0] * len(engines) if ports is None else list(ports)
-    async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
-        served: list[Served] = []
-        sites: list[web.SockSite] = []
-        for engine, port in zip(engines, wanted, strict=True):
-            listening = stack.enter_context(_listen(host, port))
-            runner = web.AppRunner(
-                engine.application(),
-                access_log=None,
-                handler_cancellation=True,
-                keepalive_timeout=engine.settings.keep_alive_s,
-                shutdown_timeout=0.1,
-            )
-            stack.callback(tasks.create_task(engine.driver.run()).cancel)
-            await runner.setup()
-            stack.push_async_callback(runner.cleanup)
-            sites.append(web.SockSite(runner, listening))
-            await sites[-1].start()
-            shown = f"[{host}]" if ":" in host else host
-            served.append(Served(engine, f"http://{shown}:{listening.getsockname()[1]}"))
-        yield tuple(served)
-        for site in sites:
-            await site.stop()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                for engine in engines:
-                    await engine.driver.drained()
+    with ExitStack() as listening:
+        sockets = [listening.enter_context(_listen(host, port)) for port in (ports or [0] * len(engines))]
+        async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
+            lag = LoopLag()
+            stack.callback(tasks.create_task(lag.run()).cancel)
+            served: list[Served] = []
+            sites: list[web.SockSite] = []
+            for engine, one in zip(engines, sockets, strict=True):
+                engine.lag = lag
+                shown = f"[{host}]" if ":" in host else host
+                url = f"http://{shown}:{one.getsockname()[1]}"
+                stack.callback(tasks.create_task(engine.driver.run()).cancel)
+                runner = _runner(engine)
+                await runner.setup()
+                stack.push_async_callback(runner.cleanup)
+                sites.append(web.SockSite(runner, one))
+                await sites[-1].start()
+                served.append(Served(engine, url))
+            yield tuple(served)
+            for site in sites:
+                await site.stop()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    for engine in engines:
+                        await engine.driver.drained()
+
+
+def _runner(engine: EmulatedEngine) -> web.AppRunner:
+    return web.AppRunner(
+        engine.application(),
+        access_log=None,
+        handler_cancellation=True,  # a client that leaves frees its sequences at once
+        keepalive_timeout=engine.settings.keep_alive_s,
+        shutdown_timeout=0.1,
+    )
 
 
 def _listen(host: str, port: int) -> socket:
@@ -168,6 +178,7 @@ def _listen(host: str, port: int) -> socket:
     try:
         listening.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(1024)
         listening.setblocking(False)
     except OSError as error:
         listening.close()
