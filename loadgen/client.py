@@ -11,16 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import aiohttp
-
-from loadgen.exchange import Exchange, read_headers
+from loadgen.exchange import Exchange
+from loadgen.http import HttpError, HttpPool
 from loadgen.results import LoadResult, RequestResult, Timekeeping
 from loadgen.sse import StreamBroken, StreamError
 from loadgen.target import Target
 from loadgen.workload import PlannedRequest
-from scheduling.scoring import RequestEnd, TierCounter, judge
+from scheduling.scoring import TierCounter, judge
 
-_IDLE_CONNECTION_S = 4.0  # below the 5 s after which uvicorn, hence vLLM, closes an idle connection
 _LAG_PERIOD_S = 0.05
 
 
@@ -87,17 +85,11 @@ async def run_load(
     (`PlannedRequest.measured` is False) are sent but dropped once all measured ones have ended.
     No server error raises; it is recorded. Cancellation closes every open request.
     """
-    connector = aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=_IDLE_CONNECTION_S)
-    timeout = aiohttp.ClientTimeout(total=options.request_s, sock_connect=options.connect_s)
-    async with aiohttp.ClientSession(
-        connector=connector,
-        timeout=timeout,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        raise_for_status=False,
-        headers={"Accept-Encoding": "identity", "User-Agent": "tiergate-bench"},
-    ) as session:
-        return await _Load(session, target, workload, measured_s, options, progress).run()
+    pool = HttpPool(target.url, options.connect_s)
+    try:
+        return await _Load(pool, target, workload, measured_s, options, progress).run()
+    finally:
+        await pool.close()
 
 
 class _Load:
@@ -105,14 +97,14 @@ class _Load:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        pool: HttpPool,
         target: Target,
         workload: Sequence[PlannedRequest],
         measured_s: float,
         options: LoadOptions,
         progress: ProgressCallback | None,
     ) -> None:
-        self._session = session
+        self._pool = pool
         self._target = target
         self._workload = sorted(workload, key=lambda request: request.at_s)
         self._measured_s = measured_s
@@ -122,10 +114,11 @@ class _Load:
         self._tasks: set[asyncio.Task[None]] = set()
         self._measured_left = sum(request.measured for request in self._workload)
         self._settled = asyncio.Event()
+        self._open: set[Exchange] = set()
+        self._tokens = 0
         self._loop_lag_s: list[float] = []
         self._counters: dict[str, TierCounter] = {}
         self._sent = 0
-        self._tokens = 0
         self._events = 0
         self._peak_in_flight = 0
         self._worst_lateness_s = 0.0
@@ -170,9 +163,7 @@ class _Load:
 
     async def _send_all(self, group: asyncio.TaskGroup) -> None:
         for request in self._workload:
-            wait_s = request.at_s - self._now_s()
-            if wait_s > 0:
-                await asyncio.sleep(wait_s)
+            await asyncio.sleep(max(request.at_s - self._now_s(), 0.0))
             self._sent += 1
             if len(self._tasks) >= self._options.max_in_flight:
                 self._refuse_to_send(request)
@@ -187,16 +178,17 @@ class _Load:
         known = {result.planned.index for result in self._results}
         for request in self._workload:
             if request.measured and request.index not in known:
-                self._record(Exchange(request, max(self._now_s() - request.at_s, 0.0)))
+                self._record(Exchange(request, self._start_s, max(self._now_s() - request.at_s, 0.0)))
 
     def _refuse_to_send(self, request: PlannedRequest) -> None:
-        exchange = Exchange(request, self._now_s() - request.at_s)
+        exchange = Exchange(request, self._start_s, self._now_s() - request.at_s)
         exchange.fail("generator_limit", f"{self._options.max_in_flight} requests were open already")
         self._record(exchange)
 
     async def _send(self, request: PlannedRequest) -> None:
-        exchange = Exchange(request, self._now_s() - request.at_s)
+        exchange = Exchange(request, self._start_s, self._now_s() - request.at_s)
         self._worst_lateness_s = max(self._worst_lateness_s, exchange.lateness_s)
+        self._open.add(exchange)
         try:
             await self._exchange(exchange)
         except StreamError as error:
@@ -205,45 +197,20 @@ class _Load:
             exchange.fail("stream_broken", str(error))
         except TimeoutError as error:
             exchange.fail("timeout", str(error))
-        except (aiohttp.ClientError, OSError) as error:
+        except (HttpError, OSError) as error:
             exchange.fail("connection", f"{type(error).__name__}: {error}")
         finally:
+            self._open.discard(exchange)
+            self._tokens += exchange.tokens
             exchange.ended_s = self._now_s()
             self._record(exchange)
 
     async def _exchange(self, exchange: Exchange) -> None:
         request = exchange.planned
-        async with self._session.post(
-            self._target.url,
-            data=self._target.body_of(request),
-            headers=self._target.headers_of(request),
-            allow_redirects=False,
-        ) as response:
-            exchange.answer = read_headers(response.status, response.headers)
-            if response.status != 200:
-                exchange.read_error(response.status, await response.read())
-            elif request.streamed and response.content_type == "text/event-stream":
-                await self._stream(exchange, response.content)
-            else:
-                self._tokens += exchange.read_whole(await response.read(), self._now_s())
-
-    async def _stream(self, exchange: Exchange, content: aiohttp.StreamReader) -> None:
-        counter = exchange.counter
-        feed, note = counter.feed, exchange.note
-        clock, start_s = time.perf_counter, self._start_s
-        while True:
-            data = await content.readany()
-            if not data:
-                break
-            count = feed(data)
-            if count:
-                note(clock() - start_s, count)
-                self._tokens += count
-        if not counter.ended:
-            raise StreamBroken("the stream ended without [DONE] or a finish reason")
-        if counter.finish_reason == "abort":
-            raise StreamError("the engine aborted the request", "aborted", None)
-        exchange.end = RequestEnd.FINISHED
+        headers = self._target.headers_of(request)
+        async with asyncio.timeout(self._options.request_s):
+            await self._pool.post(headers, self._target.body_of(request), exchange)
+        exchange.finish(self._now_s())
 
     def _record(self, exchange: Exchange) -> None:
         result = exchange.result()
@@ -275,7 +242,7 @@ class _Load:
             planned=len(self._workload),
             sent=self._sent,
             in_flight=len(self._tasks),
-            tokens=self._tokens,
+            tokens=self._tokens + sum(item.tokens for item in self._open),
             worst_lateness_s=self._worst_lateness_s,
             tiers=tuple(
                 TierProgress(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from array import array
 from collections.abc import Mapping, Sequence
 
@@ -17,9 +18,12 @@ _REFUSAL_STATUSES = frozenset({429, 503})
 
 
 class Exchange:
-    """One request on its way."""
+    """One request on its way: the sink of its answer (`loadgen.http.Sink`)."""
 
     __slots__ = (
+        "_body",
+        "_start_s",
+        "_streaming",
         "answer",
         "counter",
         "counts",
@@ -30,9 +34,16 @@ class Exchange:
         "planned",
         "reason",
         "times",
+        "tokens",
     )
 
-    def __init__(self, planned: PlannedRequest, lateness_s: float) -> None:
+    errors: tuple[type[Exception], ...] = (StreamBroken, StreamError)
+
+    def __init__(self, planned: PlannedRequest, start_s: float, lateness_s: float) -> None:
+        """`start_s` is when the load began, on the clock of `time.perf_counter`."""
+        self._start_s = start_s
+        self._streaming = False
+        self._body: list[bytes] = []
         self.planned = planned
         self.lateness_s = lateness_s
         self.answer = Answer()
@@ -43,6 +54,35 @@ class Exchange:
         self.ended_s: float | None = None
         self.reason: str | None = None
         self.message: str | None = None
+        self.tokens = 0
+
+    def on_head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.answer = read_headers(status, headers)
+        event_stream = headers.get("content-type", "").startswith("text/event-stream")
+        self._streaming = status == 200 and self.planned.streamed and event_stream
+
+    def on_body(self, data: bytes) -> None:
+        """Count tokens as they come. Raises StreamError and StreamBroken."""
+        if self._streaming:
+            count = self.counter.feed(data)
+            if count:
+                self.note(time.perf_counter() - self._start_s, count)
+        else:
+            self._body.append(data)
+
+    def finish(self, now_s: float) -> None:
+        """The answer came to its end at `now_s`. Raises StreamError and StreamBroken when it is not complete."""
+        status = self.answer.status
+        if status != 200:
+            self._read_error(status, b"".join(self._body))
+        elif not self._streaming:
+            self._read_whole(b"".join(self._body), now_s)
+        elif not self.counter.ended:
+            raise StreamBroken("the stream ended without [DONE] or a finish reason")
+        elif self.counter.finish_reason == "abort":
+            raise StreamError("the engine aborted the request", "aborted", None)
+        else:
+            self.end = RequestEnd.FINISHED
 
     def note(self, now_s: float, count: int) -> None:
         """`count` tokens arrived at `now_s`."""
@@ -53,12 +93,9 @@ class Exchange:
             self.counts = array("l", [1] * len(self.times))
             self.counts.append(count)
         self.times.append(now_s)
+        self.tokens += count
 
-    def read_whole(self, body: bytes, now_s: float) -> int:
-        """Take an answer that came in one piece at `now_s`; returns its tokens.
-
-        Raises StreamBroken and StreamError.
-        """
+    def _read_whole(self, body: bytes, now_s: float) -> None:
         try:
             value = orjson.loads(body)
         except orjson.JSONDecodeError as error:
@@ -73,10 +110,8 @@ class Exchange:
         if tokens:
             self.note(now_s, tokens)
         self.end = RequestEnd.FINISHED
-        return tokens
 
-    def read_error(self, status: int, body: bytes) -> None:
-        """Take an answer with an error status."""
+    def _read_error(self, status: int | None, body: bytes) -> None:
         try:
             failure = error_of(orjson.loads(body), status)
         except orjson.JSONDecodeError:
