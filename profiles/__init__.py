@@ -11,5 +11,7 @@ The learning parts read no clock and do no I/O. Only ``tiergate_engine`` is impo
 
 from profiles.catalogue import load as load
 from profiles.catalogue import shipped as shipped
+from profiles.format import Limits as Limits
 from profiles.format import Profile as Profile
 from profiles.format import ProfileError as ProfileError
+from profiles.assumed import prior as prior
