@@ -19,11 +19,11 @@ help:
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml constraints.txt deploy/uv_install.py
+.venv/.ready: pyproject.toml constraints.txt deploy/uv_run.py
 	@test -n "$(PYTHON)" || { echo "Tiergate needs Python 3.11 or later on the PATH (or make PYTHON=...)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; $(MAKE) --no-print-directory venv-package; }
 	$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet -c constraints.txt uv
-	$(BIN)/python deploy/uv_install.py $(BIN)/python --quiet -c constraints.txt -e . --group dev
+	$(BIN)/python deploy/uv_run.py pip install --python $(BIN)/python --quiet -c constraints.txt -e . --group dev
 	@touch $@
 
 # Debian and Ubuntu keep the venv module in a package of its own.
@@ -60,7 +60,7 @@ format: .venv/.ready
 
 wheel: .venv/.ready
 	rm -rf dist
-	$(BIN)/python -m uv build --quiet --wheel --out-dir dist
+	$(BIN)/python deploy/uv_run.py build --quiet --wheel --out-dir dist
 
 # After a change of dependencies: what .venv holds becomes what everybody gets.
 constraints: .venv/.ready

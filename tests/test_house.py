@@ -239,7 +239,15 @@ def test_documents_link_to_files_that_exist() -> None:
 @pytest.mark.slow
 def test_the_wheel_holds_every_package_and_its_data(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "uv", "build", "--quiet", "--wheel", "--out-dir", str(tmp_path)],
+        [
+            sys.executable,
+            str(ROOT / "deploy" / "uv_run.py"),
+            "build",
+            "--quiet",
+            "--wheel",
+            "--out-dir",
+            str(tmp_path),
+        ],
         cwd=ROOT,
         check=True,
     )
@@ -258,7 +266,15 @@ def test_the_wheel_holds_every_package_and_its_data(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_engine_package_is_built_alone_without_dependencies(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "uv", "build", "--quiet", "--wheel", "--out-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "deploy" / "uv_run.py"),
+        "build",
+        "--quiet",
+        "--wheel",
+        "--out-dir",
+        str(tmp_path),
+    ]
     subprocess.run(command, cwd=ROOT / "engine", check=True)
     (wheel,) = tmp_path.glob("tiergate_engine-*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -79,7 +79,17 @@ def install(venv: Path) -> Path:
         _run([sys.executable, "-m", "uv", "venv", "--clear", "--python", PYTHON_VERSION, str(venv)])
         arguments = ["--overrides", str(HERE / "overrides.txt"), "--constraints", str(HERE / "constraints.txt")]
         arguments += ["--requirements", str(HERE / "requirements.txt"), str(HERE / "plugin")]
-        _run([sys.executable, str(ROOT / "deploy" / "uv_install.py"), str(python), *arguments])
+        _run(
+            [
+                sys.executable,
+                str(ROOT / "deploy" / "uv_run.py"),
+                "pip",
+                "install",
+                "--python",
+                str(python),
+                *arguments,
+            ]
+        )
         _name_the_distribution(python)
         stamp.write_text(wanted)
     return python

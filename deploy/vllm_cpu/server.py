@@ -55,11 +55,19 @@ def prepare(venv: Path = ROOT / ".venv-vllm", work: Path = ROOT / ".engine") -> 
 
 
 def vllm_server(
-    programs: Path, model: Path, port: int, log_path: Path, *, extra: Sequence[str] = (), cpus: str | None = None
+    programs: Path,
+    model: Path,
+    port: int,
+    log_path: Path,
+    *,
+    extra: Sequence[str] = (),
+    cpus: str | None = None,
+    development: bool = False,
 ) -> ServerProcess:
     """A `vllm serve` that schedules by priority, counts its load and caches no prefixes (prompts repeat).
 
     `cpus` binds its threads (vLLM's VLLM_CPU_OMP_THREADS_BIND, for instance "0"); by default it takes all.
+    `development` opens vLLM's development routes: what its scheduler is set to, and abort by request id.
     """
     command = [str(programs / "vllm"), "serve", str(model), "--load-format", "dummy"]
     command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
@@ -71,7 +79,11 @@ def vllm_server(
         command,
         f"http://127.0.0.1:{port}/health",
         log_path,
-        environment={**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": cpus or "auto"},
+        environment={
+            **ENVIRONMENT,
+            "VLLM_CPU_OMP_THREADS_BIND": cpus or "auto",
+            "VLLM_SERVER_DEV_MODE": "1" if development else "0",
+        },
         ready_timeout_s=READY_TIMEOUT_S,
     )
 

@@ -1,8 +1,7 @@
-"""Run `uv pip install` with pip's own settings: indexes, find-links, certificates.
+"""Run uv with pip's own settings: indexes, find-links, certificates, from its files or environment variables.
 
-`python deploy/uv_install.py PYTHON ARGUMENT...` installs into the environment of the interpreter PYTHON. It runs
-under the interpreter of an environment that has pip and uv. Addresses stay where pip keeps them, never in this
-project's files.
+`python deploy/uv_run.py ARGUMENT...` is `uv ARGUMENT...`, under the interpreter of an environment that has pip and
+uv. Addresses stay where pip keeps them, never in this project's files.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 
 def pip_settings() -> dict[str, str]:
@@ -49,15 +47,14 @@ def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def uv_install(python: Path, arguments: Sequence[str]) -> None:
-    """Install into the environment of `python`. Raises CalledProcessError when uv fails."""
+def uv(arguments: Sequence[str]) -> None:
+    """Run uv. Raises CalledProcessError when it fails."""
     environment = {**uv_environment(pip_settings()), **os.environ}
-    command = [sys.executable, "-m", "uv", "pip", "install", "--python", str(python), *arguments]
-    subprocess.run(command, check=True, env=environment)
+    subprocess.run([sys.executable, "-m", "uv", *arguments], check=True, env=environment)
 
 
 if __name__ == "__main__":
     try:
-        uv_install(Path(sys.argv[1]), sys.argv[2:])
+        uv(sys.argv[1:])
     except subprocess.CalledProcessError as failed:
         sys.exit(failed.returncode)

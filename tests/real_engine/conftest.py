@@ -1,0 +1,75 @@
+"""One real vLLM on CPU for all tests here, and the gateway in front of it.
+
+Everything here carries the mark `real_engine` and runs after all other tests. What cannot be installed or started
+fails these tests; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from adapters.vllm import VllmAdapter
+from deploy.server_process import ServerProcess, free_port
+from deploy.vllm_cpu import server as engines
+
+HERE = Path(__file__).resolve().parent
+START_TIMEOUT_S = 600.0  # the first test pays for the installation and the engine's start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is here, and put it last, so that the engine runs beside nothing else."""
+    here = [item for item in items if item.path.is_relative_to(HERE)]
+    for item in here:
+        item.add_marker(pytest.mark.real_engine)
+        item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+    items[:] = [item for item in items if not item.path.is_relative_to(HERE)] + here
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFiles:
+    """The engine environment's programs and the tiny model."""
+
+    programs: Path
+    model: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RealEngine:
+    """A running engine. `model` is the name to ask it for."""
+
+    url: str
+    model: str
+    process: ServerProcess
+    files: EngineFiles
+
+
+@pytest.fixture(scope="session")
+def engine_files() -> EngineFiles:
+    """Installs what is missing."""
+    programs, model = engines.prepare()
+    return EngineFiles(programs, model)
+
+
+@pytest.fixture(scope="session")
+def vllm(engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
+    """A real vLLM: stock but for the plug-in that keeps it from starving its neighbours."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
+    process = engines.vllm_server(engine_files.programs, engine_files.model, port, log, development=True)
+    with process:
+        yield RealEngine(f"http://127.0.0.1:{port}", engines.MODEL_NAME, process, engine_files)
+
+
+@pytest.fixture
+async def adapter(vllm: RealEngine) -> AsyncIterator[VllmAdapter]:
+    """Tiergate's adapter to the real vLLM, alone."""
+    from adapters import registry  # noqa: PLC0415 (keeps the import beside its only use)
+
+    found = await registry.detect(vllm.url)
+    assert isinstance(found, VllmAdapter)
+    yield found
+    await found.close()
