@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
+from typing import NamedTuple
 
 from tiergate_engine.step import Step, StepTime
 
@@ -26,9 +27,8 @@ class Order(Enum):
     DEADLINE = "deadline"  # least remaining time first; ties as given
 
 
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """A prompt that wants tokens.
+class Prefill(NamedTuple):
+    """A prompt that wants tokens. A tuple, since one is made of every queued prompt in every step.
 
     Attributes:
         tokens: still to be computed, at least 1.

@@ -170,7 +170,7 @@ class EngineModel:
         earlier = self._held_up
         self._held_up = {}
         preempted = self._seat_running()
-        held_kv = sum(map(self._decodes.kv_of, self._held_up.values()))
+        held_kv = sum(map(self._decodes.kv_of, self._held_up.values())) if self._held_up else 0
         seqs = self._decodes.seqs - len(self._held_up)
         step = Step.decode(seqs, self._decodes.kv_tokens - held_kv + seqs)  # with the token being computed
         step = self._seat_prefills(step, admit=not preempted)
@@ -188,13 +188,15 @@ class EngineModel:
 
     def finish_step(self, now_s: float) -> tuple[Emitted, ...]:
         """End the step in flight: every token that came out, in running order."""
-        decoding = [
-            sequence
+        steps = self.steps
+        tokens = [
+            Emitted(key, sequence.generated + steps, sequence.last_step == steps + 1)
             for key, sequence in self._running.items()
             if sequence.state is State.DECODE and not sequence.doomed and key not in self._held_up
         ]
         _, prompts = self._finish(now_s)
-        return tuple([self._token(sequence) for sequence in decoding] + [self._token(s) for s in prompts])
+        tokens.extend(map(self._token, prompts))
+        return tuple(tokens)
 
     def finish_step_milestones(self, now_s: float) -> tuple[Emitted, ...]:
         """`finish_step`, but only the tokens that cannot be inferred: its cost does not grow with the decodes.
@@ -205,8 +207,9 @@ class EngineModel:
         """
         resumed = [sequence for sequence in self._resumed if not sequence.doomed]
         ended, prompts = self._finish(now_s)
-        decoding = resumed + [sequence for sequence in ended if sequence not in resumed]
-        return tuple([self._token(sequence) for sequence in decoding + prompts])
+        if resumed:
+            ended = resumed + [sequence for sequence in ended if sequence not in resumed]
+        return tuple(map(self._token, ended + prompts))
 
     # --- filling: the running sequences --------------------------------------------------------------------
 
