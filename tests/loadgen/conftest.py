@@ -19,7 +19,9 @@ def token_event(text: str = " tok", finish: str | None = None) -> bytes:
     return b"data: " + orjson.dumps({"id": "c", "object": "chat.completion.chunk", "choices": [choice]}) + b"\n\n"
 
 
-ROLE_EVENT = b'data: {"id":"c","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+ROLE_EVENT = (
+    b'data: {"id":"c","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+)
 DONE_EVENT = b"data: [DONE]\n\n"
 
 
