@@ -84,7 +84,7 @@ class VllmAdapter(OpenAIAdapter):
         self._tokenize = await self._has_post_route("/tokenize")
         self._abort_path = None
         for path in _ABORT_PATHS:
-            if await self._has_post_route(path) is Support.YES:
+            if await self._aborts_at(path):
                 self._abort_path = path
                 break
         priority = await self._probe_priority(models.names, scheduler)
@@ -200,6 +200,14 @@ class VllmAdapter(OpenAIAdapter):
         """A GET on a route that only takes POST is answered 405; so nothing is done by asking."""
         status = (await self._try_get(path)).status
         return Support.YES if status == 405 else Support.NO if status == 404 else Support.UNKNOWN
+
+    async def _aborts_at(self, path: str) -> bool:
+        """Whether an abort route works. vLLM has one that is there and refuses everything, so it is tried out."""
+        nobody = orjson.dumps({"request_ids": ["tiergate-probe"]})
+        try:
+            return (await self._ask("POST", path, nobody)).status == 200
+        except UpstreamError:
+            return False
 
     async def _probe_priority(self, models: tuple[str, ...], scheduler: Mapping[str, object]) -> Support:
         if self._configured_priority is not Support.UNKNOWN:

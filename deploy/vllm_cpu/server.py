@@ -69,12 +69,13 @@ def vllm_server(
     `cpus` binds its threads (vLLM's VLLM_CPU_OMP_THREADS_BIND, for instance "0"); by default it takes all.
     `development` opens vLLM's development routes: what its scheduler is set to, and abort by request id.
     """
-    command = [str(programs / "vllm"), "serve", str(model), "--load-format", "dummy"]
+    command = [str(programs / "vllm"), "serve", str(model)]
     command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
     command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", str(MAX_MODEL_TOKENS), "--max-num-seqs", str(MAX_RUNNING_SEQS)]
     command += ["--max-num-batched-tokens", str(MAX_BATCHED_TOKENS), "--scheduling-policy", "priority"]
-    command += ["--enable-server-load-tracking", "--no-enable-prefix-caching", *extra]
+    command += ["--enable-server-load-tracking", "--no-enable-prefix-caching"]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "pythonic", *extra]
     return ServerProcess(
         command,
         f"http://127.0.0.1:{port}/health",
@@ -107,13 +108,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Serve a tiny random model with a real vLLM on CPU.")
     parser.add_argument("--port", type=int, default=None, help="a free one by default")
     parser.add_argument("--cpus", default=None, help='cores its threads are bound to, for instance "0"')
+    parser.add_argument("--development", action="store_true", help="open vLLM's development routes")
     parser.add_argument("--log", type=Path, default=ROOT / ".engine" / "vllm.log")
     args = parser.parse_args()
     port: int = args.port or free_port()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways to end it take the engine down
     try:
         programs, model = prepare()
-        with vllm_server(programs, model, port, args.log, cpus=args.cpus) as server:
+        with vllm_server(programs, model, port, args.log, cpus=args.cpus, development=args.development) as server:
             print(f"http://127.0.0.1:{port}", flush=True)
             server.wait()
             print(f"the engine ended by itself, see {args.log}", file=sys.stderr)

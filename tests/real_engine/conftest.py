@@ -6,6 +6,7 @@ fails these tests; nothing is skipped.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from adapters.vllm import VllmAdapter
-from deploy.server_process import ServerProcess, free_port
+from deploy.server_process import free_port
 from deploy.vllm_cpu import server as engines
 
 HERE = Path(__file__).resolve().parent
@@ -43,8 +44,11 @@ class RealEngine:
 
     url: str
     model: str
-    process: ServerProcess
+    log_path: Path
     files: EngineFiles
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +60,18 @@ def engine_files() -> EngineFiles:
 
 @pytest.fixture(scope="session")
 def vllm(engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
-    """A real vLLM: stock but for the plug-in that keeps it from starving its neighbours."""
+    """A real vLLM: stock but for the plug-in that keeps it from starving its neighbours.
+
+    While tests are being written, TIERGATE_TEST_VLLM names one that runs already, so that each try does not wait
+    for another: `python deploy/vllm_cpu/server.py --development --port 8100`.
+    """
+    if running := os.environ.get("TIERGATE_TEST_VLLM"):
+        yield RealEngine(running, engines.MODEL_NAME, engines.ROOT / ".engine" / "vllm.log", engine_files)
+        return
     port = free_port()
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    process = engines.vllm_server(engine_files.programs, engine_files.model, port, log, development=True)
-    with process:
-        yield RealEngine(f"http://127.0.0.1:{port}", engines.MODEL_NAME, process, engine_files)
+    with engines.vllm_server(engine_files.programs, engine_files.model, port, log, development=True):
+        yield RealEngine(f"http://127.0.0.1:{port}", engines.MODEL_NAME, log, engine_files)
 
 
 @pytest.fixture

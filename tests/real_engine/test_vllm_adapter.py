@@ -46,7 +46,7 @@ async def _wait_idle(adapter: VllmAdapter) -> None:
 
 def test_the_busy_wait_is_replaced_in_engine_and_worker(vllm: RealEngine) -> None:
     patched = set(
-        re.findall(r"^\((\w+).*tiergate_vllm_cpu: process \d+ waits by sleeping", vllm.process.log(), re.MULTILINE)
+        re.findall(r"^\((\w+).*tiergate_vllm_cpu: process \d+ waits by sleeping", vllm.log(), re.MULTILINE)
     )
     assert {name.partition("-")[0] for name in patched} >= {"EngineCore", "VllmWorker"}
 
