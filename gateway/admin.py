@@ -1,0 +1,165 @@
+"""What operators ask: health, metrics, the state of the fleet, decisions, and the tiers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import web
+from pydantic import TypeAdapter, ValidationError
+
+from gateway.api import Api, Gate
+from gateway.client import bearer, whole
+from gateway.config import TierSettings
+from gateway.fleet import GatewayFleet
+from gateway.live import Live, Snapshot
+from gateway.recent import Decisions
+from gateway.telemetry import Exposition
+from gateway.view import FleetView, Json
+from scheduling.tiers import TierSet
+
+_JSON = {"content-type": "application/json"}
+_PROBLEM = {"content-type": "application/problem+json"}
+_METRICS = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
+_ADMIN = "/admin/v1/"
+_TIERS = TypeAdapter(tuple[TierSettings, ...])
+_BODY_BYTES = 1 << 20
+
+
+class Problem(Exception):
+    """An answer other than success on an admin path (RFC 9457)."""
+
+    def __init__(self, status: int, title: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.title = title
+        self.detail = detail
+
+    def answer(self) -> web.Response:
+        body = {"type": "about:blank", "title": self.title, "status": self.status, "detail": self.detail}
+        return whole(self.status, _PROBLEM, orjson.dumps(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What the admin API looks at, and the one thing it changes."""
+
+    live: Live
+    view: FleetView
+    fleet: GatewayFleet
+    gate: Gate
+    exposition: Exposition
+    decisions: Decisions
+    set_tiers: Callable[[TierSet], None]
+    clock: Callable[[], float]
+
+
+class Admin:
+    """The operators' routes."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+
+    def attach(self, api: Api) -> None:
+        """Serve these routes from the same socket."""
+        api.add("/healthz", self._health)
+        api.add("/readyz", self._ready)
+        api.add("/metrics", self._metrics)
+        api.add_prefix("/admin/", self._admin)
+
+    async def _health(self, http: web.BaseRequest) -> web.StreamResponse:
+        return whole(200, _JSON, b'{"status":"ok"}')
+
+    async def _ready(self, http: web.BaseRequest) -> web.StreamResponse:
+        watched = self._watched
+        members = watched.fleet.members()
+        up = watched.fleet.up
+        if not watched.gate.open:
+            status, word = 503, "draining"
+        elif not up:
+            status, word = 503, "no backend is up"
+        else:
+            status, word = 200, "ok"
+        body = {"status": word, "backends_up": up, "backends": len(members)}
+        return whole(status, _JSON, orjson.dumps(body))
+
+    async def _metrics(self, http: web.BaseRequest) -> web.StreamResponse:
+        return whole(200, _METRICS, self._watched.exposition.text())
+
+    async def _admin(self, http: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self._answer(http)
+        except Problem as problem:
+            return problem.answer()
+
+    async def _answer(self, http: web.BaseRequest) -> web.StreamResponse:
+        live = self._watched.live
+        if live.now.settings.admin_token is None:
+            raise Problem(403, "Forbidden", "the admin API is closed: configure admin_token to open it")
+        if not live.is_admin(bearer(http)):
+            raise Problem(401, "Unauthorized", "a valid admin token is needed: Authorization: Bearer TOKEN")
+        what = http.path.removeprefix(_ADMIN)
+        if what == "tiers":
+            if http.method == "GET":
+                return self._tiers(live.now)
+            if http.method == "PUT":
+                return await self._put_tiers(http)
+            raise Problem(405, "Method Not Allowed", "tiers takes GET and PUT")
+        if http.method != "GET":
+            raise Problem(405, "Method Not Allowed", f"{http.path} takes GET")
+        if what == "state":
+            return whole(200, _JSON, orjson.dumps(self._watched.view.state(self._watched.clock())))
+        if what.startswith("decisions/"):
+            found = self._watched.decisions.get(what.removeprefix("decisions/"))
+            if found is not None:
+                return whole(200, _JSON, found)
+        raise Problem(404, "Not Found", f"there is nothing at {http.path}")
+
+    def _tiers(self, snapshot: Snapshot) -> web.Response:
+        body = _tiers_json(snapshot)
+        return whole(200, {**_JSON, "etag": _etag(body)}, body)
+
+    async def _put_tiers(self, http: web.BaseRequest) -> web.Response:
+        """Replace all tiers: `{"tiers": [...], "default_tier": NAME}`, under If-Match when it is given."""
+        live = self._watched.live
+        expected = http.headers.get("if-match")
+        if expected not in {None, "*", _etag(_tiers_json(live.now))}:
+            raise Problem(412, "Precondition Failed", "the tiers have changed; read them again")
+        if (http.content_length or 0) > _BODY_BYTES:
+            raise Problem(413, "Content Too Large", f"at most {_BODY_BYTES} bytes")
+        try:
+            body = orjson.loads(await http.read())
+            if not isinstance(body, dict) or not {"tiers", "default_tier"} >= set(body) >= {"tiers"}:
+                raise Problem(400, "Bad Request", "the body must have `tiers` and may have `default_tier`")
+            tiers = _TIERS.validate_python(body["tiers"])
+            default = body.get("default_tier", live.now.settings.default_tier)
+            snapshot = live.replace_tiers(tiers, str(default))
+        except orjson.JSONDecodeError as error:
+            raise Problem(400, "Bad Request", f"not valid JSON: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise Problem(422, "Unprocessable Content", f"tiers.{place}: {first['msg']}") from None
+        except ValueError as error:
+            raise Problem(422, "Unprocessable Content", str(error)) from None
+        self._watched.set_tiers(snapshot.tiers)
+        return self._tiers(snapshot)
+
+
+def _tiers_json(snapshot: Snapshot) -> bytes:
+    tiers: list[Json] = [
+        {
+            "name": tier.name,
+            "ttft_ms": tier.ttft_ms,
+            "tpot_ms": tier.tpot_ms,
+            "on_miss": tier.on_miss.value,
+        }
+        for tier in snapshot.settings.tiers
+    ]
+    return orjson.dumps({"tiers": tiers, "default_tier": snapshot.settings.default_tier})
+
+
+def _etag(body: bytes) -> str:
+    return f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'

@@ -1,0 +1,361 @@
+"""The backends' lives: found, probed, watched, drained, and what is learned about each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from adapters.contract import Adapter, Capabilities, EngineLoad, UpstreamError
+from gateway.config import BackendSettings, HealthSettings, engine_limits
+from gateway.dispatch import PrefillSample, Shell, StepSample
+from scheduling.backends import Backend, BackendState, EngineLimits
+from scheduling.events import BackendChanged, BackendRemoved, LengthsChanged, MembershipChanged
+from scheduling.lengths import LengthModel
+from scheduling.requests import Request
+from state.contract import Store, StoreUnavailable
+from tiergate_engine.step import StepTime
+
+log = logging.getLogger("tiergate.fleet")
+
+_FIRST_RETRY_S = 0.2
+_LAST_RETRY_S = 5.0
+_LEARN_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What is known of a backend's step times now. `margin` is a factor of at least 1 on predictions."""
+
+    step_time: StepTime
+    margin: float
+    calibrated: bool
+    version: int
+    error: float | None = None
+
+
+class StepLearner(Protocol):
+    """One backend's step times: a profile or a prior, corrected by what was seen."""
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What the profile says of the engine's limits."""
+        ...
+
+    def observe(self, sample: StepSample) -> None: ...
+
+    def observe_prefill(self, sample: PrefillSample) -> None: ...
+
+    def timing(self) -> Timing: ...
+
+
+class LengthLearner(Protocol):
+    """Output lengths per model and tier."""
+
+    def observe(self, model: str, tier: str, output_tokens: int, *, complete: bool) -> None: ...
+
+    def changed(self) -> list[tuple[str, str, LengthModel]]:
+        """(model, tier, lengths) of every class that changed since the last call."""
+        ...
+
+
+class Teachers(Protocol):
+    """Makes what a backend needs; filled in by the composition root."""
+
+    async def connect(self, settings: BackendSettings) -> Adapter:
+        """The adapter for an endpoint. Raises UpstreamError while nothing answers."""
+        ...
+
+    def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner: ...
+
+    @property
+    def lengths(self) -> LengthLearner: ...
+
+
+class Phase(Enum):
+    """Where a backend is in its life."""
+
+    CONNECTING = "connecting"
+    UP = "up"
+    DOWN = "down"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One configured backend."""
+
+    settings: BackendSettings
+    phase: Phase = Phase.CONNECTING
+    adapter: Adapter | None = None
+    capabilities: Capabilities | None = None
+    learner: StepLearner | None = None
+    published: Backend | None = None
+    version: int = -1
+    failures: int = 0
+    problem: str | None = None
+    engine: EngineLoad = field(default_factory=EngineLoad)
+    suspected: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def models(self) -> frozenset[str]:
+        probed = () if self.capabilities is None else self.capabilities.models
+        return frozenset(self.settings.models or probed)
+
+
+class GatewayFleet:
+    """All configured backends. Their tasks live in the group given to `start`."""
+
+    def __init__(self, teachers: Teachers, store: Store, shell: Shell, health: HealthSettings) -> None:
+        self._teachers = teachers
+        self._store = store
+        self._shell = shell
+        self._health = health
+        self._members: dict[str, Member] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # --- for requests --------------------------------------------------------------------------------------
+
+    def adapter(self, backend: str) -> Adapter:
+        adapter = self._members[backend].adapter
+        assert adapter is not None
+        return adapter
+
+    def capabilities(self, backend: str) -> Capabilities:
+        capabilities = self._members[backend].capabilities
+        assert capabilities is not None
+        return capabilities
+
+    def suspect(self, backend: str) -> None:
+        member = self._members.get(backend)
+        if member is not None:
+            member.suspected.set()
+
+    def serves(self, model: str) -> bool:
+        """Whether any backend, up or not, has this model; one that lists no models may have any."""
+        for member in self._members.values():
+            models = member.models
+            if model in models or (not models and member.phase is not Phase.CONNECTING):
+                return True
+        # While nothing has answered yet, no model can be called unknown.
+        return all(member.phase is Phase.CONNECTING for member in self._members.values())
+
+    def names(self) -> list[str]:
+        """Every model, sorted."""
+        return sorted({model for member in self._members.values() for model in member.models})
+
+    def max_model_tokens(self, model: str) -> int | None:
+        longest = 0
+        for member in self._members.values():
+            backend = member.published
+            if backend is None or not backend.serves(model):
+                continue
+            if backend.limits.max_model_tokens is None:
+                return None
+            longest = max(longest, backend.limits.max_model_tokens)
+        return longest or None
+
+    def any_up(self, model: str | None) -> Member | None:
+        """A backend for a request that needs no place: the first that is up and serves the model."""
+        for member in self._members.values():
+            backend = member.published
+            if member.phase is Phase.UP and backend is not None and (model is None or backend.serves(model)):
+                return member
+        return None
+
+    def learn_length(self, request: Request, output_tokens: int, *, complete: bool) -> None:
+        per_sequence = max(1, output_tokens // request.sequences)
+        cut = request.max_output_tokens is not None and per_sequence >= request.max_output_tokens
+        self._teachers.lengths.observe(request.model, request.tier, per_sequence, complete=complete and not cut)
+
+    def learn_step(self, sample: StepSample) -> None:
+        member = self._members.get(sample.backend)
+        if member is not None and member.learner is not None:
+            member.learner.observe(sample)
+
+    def learn_prefill(self, sample: PrefillSample) -> None:
+        member = self._members.get(sample.backend)
+        if member is not None and member.learner is not None:
+            member.learner.observe_prefill(sample)
+
+    # --- looking in ----------------------------------------------------------------------------------------
+
+    def members(self) -> list[Member]:
+        return list(self._members.values())
+
+    @property
+    def up(self) -> int:
+        return sum(member.phase is Phase.UP for member in self._members.values())
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    def start(self, tasks: asyncio.TaskGroup, backends: tuple[BackendSettings, ...]) -> list[asyncio.Task[None]]:
+        """Look after these backends until the tasks are cancelled."""
+        self._tasks = tasks
+        for settings in backends:
+            self._add(settings)
+        return [tasks.create_task(self._learn(), name="learning")]
+
+    def stop(self) -> None:
+        """End every backend's task."""
+        for member in self._members.values():
+            if member.task is not None:
+                member.task.cancel()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for member in self._members.values():
+            if member.adapter is not None:
+                await member.adapter.close()
+
+    async def configure(self, backends: tuple[BackendSettings, ...]) -> None:
+        """Add what is new, drain what is gone, and replace what changed. Streams go on."""
+        wanted = {settings.name: settings for settings in backends}
+        for name, member in list(self._members.items()):
+            if wanted.get(name) != member.settings:
+                await self._remove(member)
+        for name, settings in wanted.items():
+            if name not in self._members:
+                self._add(settings)
+
+    def _add(self, settings: BackendSettings) -> None:
+        assert self._tasks is not None
+        member = Member(settings)
+        self._members[settings.name] = member
+        member.task = self._tasks.create_task(self._look_after(member), name=f"backend-{settings.name}")
+
+    async def _remove(self, member: Member) -> None:
+        """Take no newcomers, forget the backend; its open streams keep their own connection until they end."""
+        assert self._tasks is not None
+        if member.task is not None:
+            member.task.cancel()
+        del self._members[member.name]
+        if member.published is not None:
+            self._shell.feed(BackendRemoved(member.name))
+            await self._store.remove_backend(member.name)
+        if member.adapter is not None:
+            self._tasks.create_task(self._close_when_idle(member.name, member.adapter), name="draining")
+
+    async def _close_when_idle(self, name: str, adapter: Adapter) -> None:
+        await self._shell.wait_empty(name)
+        await adapter.close()
+
+    async def _look_after(self, member: Member) -> None:
+        """Connect, then watch the backend's health for ever."""
+        retry_s = _FIRST_RETRY_S
+        while True:
+            try:
+                await self._connect(member)
+                break
+            except (UpstreamError, StoreUnavailable) as error:
+                if member.problem is None:
+                    log.warning("backend %s does not answer yet: %s", member.name, error)
+                member.problem = str(error)
+            await asyncio.sleep(retry_s)
+            retry_s = min(retry_s * 2, _LAST_RETRY_S)
+        while True:
+            try:
+                async with asyncio.timeout(self._health.every_s):
+                    await member.suspected.wait()
+            except TimeoutError:
+                pass
+            member.suspected.clear()
+            await self._check(member)
+
+    async def _connect(self, member: Member) -> None:
+        if member.adapter is None:
+            member.adapter = await self._teachers.connect(member.settings)
+        member.capabilities = await member.adapter.probe()
+        member.learner = self._teachers.steps(member.settings, member.capabilities)
+        membership = await self._store.add_backend(member.name, member.settings.tier)
+        member.phase = Phase.UP
+        member.problem = None
+        self._publish(member)
+        self._shell.feed(MembershipChanged(member.name, membership.tier, membership.epoch))
+        log.info(
+            "backend %s is up: %s %s%s",
+            member.name,
+            member.capabilities.engine,
+            member.capabilities.version or "",
+            " (emulated)" if member.capabilities.emulated else "",
+        )
+
+    async def _check(self, member: Member) -> None:
+        assert member.adapter is not None
+        if await member.adapter.healthy():
+            member.failures = 0
+            if member.phase is Phase.DOWN:
+                await self._revive(member)
+            try:
+                member.engine = await member.adapter.read_load()
+            except UpstreamError as error:
+                log.debug("backend %s tells no load: %s", member.name, error)
+            return
+        member.failures += 1
+        if member.failures >= self._health.failures:
+            if member.phase is Phase.UP:
+                member.phase = Phase.DOWN
+                member.problem = "its health check fails"
+                log.warning("backend %s is down", member.name)
+                self._publish(member)
+        else:
+            member.suspected.set()
+            await asyncio.sleep(_FIRST_RETRY_S)
+
+    async def _revive(self, member: Member) -> None:
+        """It answers again; it may be another engine by now, so ask everything anew."""
+        assert member.adapter is not None
+        try:
+            member.capabilities = await member.adapter.probe()
+        except UpstreamError as error:
+            member.problem = str(error)
+            return
+        member.phase = Phase.UP
+        member.problem = None
+        self._publish(member)
+        log.info("backend %s is up again", member.name)
+
+    def _publish(self, member: Member) -> None:
+        """Tell the core what this backend is now."""
+        capabilities, learner = member.capabilities, member.learner
+        assert capabilities is not None
+        assert learner is not None
+        timing = learner.timing()
+        profile = learner.limits
+        probed = EngineLimits(
+            capabilities.max_running_seqs or profile.max_running_seqs,
+            capabilities.max_batched_tokens or profile.max_batched_tokens,
+            capabilities.kv_tokens or profile.kv_tokens,
+            capabilities.max_model_tokens or profile.max_model_tokens,
+            capabilities.block_tokens or profile.block_tokens,
+        )
+        member.version = timing.version
+        member.published = Backend(
+            name=member.name,
+            step_time=timing.step_time,
+            models=member.models,
+            limits=engine_limits(member.settings.limits, probed),
+            state=BackendState.UP if member.phase is Phase.UP else BackendState.DOWN,
+            margin=timing.margin,
+            calibrated=timing.calibrated,
+            pinned=member.settings.pinned,
+        )
+        self._shell.feed(BackendChanged(member.published))
+
+    async def _learn(self) -> None:
+        """Tell the core at a slow cadence what was learned."""
+        while True:
+            await asyncio.sleep(_LEARN_EVERY_S)
+            for member in self._members.values():
+                learner = member.learner
+                if member.published is not None and learner and learner.timing().version != member.version:
+                    self._publish(member)
+            for model, tier, lengths in self._teachers.lengths.changed():
+                self._shell.feed(LengthsChanged(model, tier, lengths))

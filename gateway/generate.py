@@ -1,0 +1,329 @@
+"""One generating request from its bytes to its last byte."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import orjson
+from aiohttp import web
+from multidict import CIMultiDict
+
+from adapters.contract import Adapter, Capabilities, Failure, UpstreamError
+from gateway.client import ClientStream, forwarded, whole, without_keys
+from gateway.dispatch import Shell
+from gateway.errors import ApiError, UpstreamFailed, of_refusal
+from gateway.live import Live
+from gateway.recent import Decisions
+from gateway.relay import Opened, Outgoing, Rejected, Relay
+from gateway.request import Call, Caller, RequestParser, Route
+from gateway.sse import Usage
+from gateway.telemetry import Telemetry
+from gateway.ticket import Ticket
+from gateway.tokens import TokenCounter
+from scheduling.decisions import Decision
+from scheduling.events import EndKind, Open, Refuse
+from scheduling.requests import Request
+from scheduling.scoring import DeadlineMeter
+from scheduling.tiers import Slo
+
+request_log = logging.getLogger("tiergate.requests")
+
+_SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+_WAITING = b": waiting for a place\n\n"
+_USAGE_FIRST = 20  # every one of the first answers teaches, later ones are sampled
+
+
+class Endpoints(Protocol):
+    """What is needed of the fleet to open a stream."""
+
+    def adapter(self, backend: str) -> Adapter: ...
+
+    def capabilities(self, backend: str) -> Capabilities: ...
+
+    def suspect(self, backend: str) -> None:
+        """A backend could not be reached: look at it now."""
+        ...
+
+    def learn_length(self, request: Request, output_tokens: int, *, complete: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What handling a request takes."""
+
+    live: Live
+    shell: Shell
+    endpoints: Endpoints
+    parser: RequestParser
+    counter: TokenCounter
+    relay: Relay
+    telemetry: Telemetry
+    decisions: Decisions
+    clock: Callable[[], float]
+
+
+class Exchange:
+    """One request while it is handled."""
+
+    __slots__ = ("_call", "_client", "_failure", "_http", "_kind", "_meter", "_parts", "_public_id", "_ticket")
+
+    def __init__(self, parts: Parts, http: web.BaseRequest, call: Call, public_id: str, ticket: Ticket) -> None:
+        request = call.request
+        pace = request.slo
+        if request.sequences > 1 and pace.tpot_s is not None:
+            # Tokens of all sequences are counted together, so together they are due faster.
+            pace = Slo(pace.ttft_s, pace.tpot_s / request.sequences)
+        self._parts = parts
+        self._http = http
+        self._call = call
+        self._public_id = public_id
+        self._ticket = ticket
+        self._client = ClientStream(http)
+        self._meter = DeadlineMeter(pace, request.arrival_s)
+        self._failure: UpstreamError | None = None
+        self._kind = EndKind.CANCELLED
+
+    async def run(self) -> web.StreamResponse:
+        """Handle it to the end. Raises ApiError while nothing was sent yet."""
+        error: ApiError | None = None
+        try:
+            return await self._run()
+        except ApiError as raised:
+            error = raised
+            if not self._client.begun:
+                raise
+            await self._client.write(raised.event(self._call.route.dialect))
+            return await self._client.end()
+        finally:
+            self._account(error)
+
+    async def _run(self) -> web.StreamResponse:
+        ticket = self._ticket
+        while True:
+            order = await self._wait()
+            if isinstance(order, Refuse):
+                raise self._refusal(order)
+            try:
+                opened = await self._parts.relay.open(ticket, self._call, self._outgoing(order))
+            except UpstreamError as error:
+                self._failure = error
+                if error.failure in {Failure.UNREACHABLE, Failure.BROKEN, Failure.TIMEOUT}:
+                    self._parts.endpoints.suspect(order.backend)
+                ticket.open_failed(retryable=error.retryable, cause=str(error))
+                continue
+            except Rejected as rejected:
+                self._kind = EndKind.FAILED
+                ticket.ended(EndKind.FAILED)
+                return await self._pass_rejection(rejected)
+            return await self._answer(order, opened)
+
+    async def _wait(self) -> Open | Refuse:
+        """Wait for the core's word; long waits may be kept alive with comments."""
+        ticket = self._ticket
+        keep_alive_s = self._parts.live.now.settings.hold.keep_alive_s
+        if keep_alive_s is None or not self._call.request.streamed:
+            order = await ticket.next_order()
+            assert order is not None
+            return order
+        while (order := await ticket.next_order(keep_alive_s)) is None:
+            if not self._client.begun:
+                await self._client.begin({**_SSE_HEADERS, "x-request-id": self._public_id})
+            await self._client.write(_WAITING)
+        return order
+
+    def _outgoing(self, order: Open) -> Outgoing:
+        parts = self._parts
+        headers: Mapping[str, str] = self._http.headers
+        settings = parts.live.now.settings
+        if settings.keys:
+            headers = without_keys(headers)
+        arrived = parts.shell.counts.arrived
+        return Outgoing(
+            parts.endpoints.adapter(order.backend),
+            parts.endpoints.capabilities(order.backend),
+            headers,
+            self._public_id,
+            # Milliseconds to the first deadline: the engine serves the more urgent first.
+            None if math.isinf(order.priority) else int(order.priority * 1e3),
+            arrived <= _USAGE_FIRST or arrived % settings.tokens.usage_every == 0,
+        )
+
+    def _refusal(self, order: Refuse) -> ApiError:
+        failure = self._failure
+        self._parts.telemetry.refused(self._call.request, order.refusal.kind.value)
+        if failure is not None and order.refusal.kind.value == "upstream_failed":
+            return UpstreamFailed(f"{order.refusal.message} (last: {failure})", code=failure.failure.value)
+        return of_refusal(order.refusal)
+
+    async def _pass_rejection(self, rejected: Rejected) -> web.StreamResponse:
+        if self._client.begun:
+            raise UpstreamFailed(str(rejected), code="rejected")
+        return whole(rejected.status, self._headers(forwarded(rejected.headers), None), rejected.body)
+
+    async def _answer(self, order: Open, opened: Opened) -> web.StreamResponse:
+        ticket = self._ticket
+        ticket.first_token()
+        self._parts.telemetry.decided(
+            order.decision, self._call.request.tier, max(0.0, order.decision.at_s - self._call.request.arrival_s)
+        )
+        if opened.scanner is None:
+            return await self._answer_whole(order, opened)
+        if not self._client.begun:
+            await self._client.begin(self._headers(forwarded(opened.response.headers), order.decision))
+        ticket.abort_client = self._client.abort
+        error = await self._parts.relay.stream(ticket, opened, self._meter, self._client)
+        usage = opened.scanner.usage
+        if usage is not None and usage.output_tokens is not None:
+            ticket.output_tokens = max(ticket.output_tokens, usage.output_tokens)
+        self._kind = EndKind.FINISHED if error is None and opened.scanner.error is None else EndKind.FAILED
+        ticket.ended(self._kind)
+        self._learn(usage)
+        if error is not None:
+            self._failure = error
+            told = UpstreamFailed(str(error), code=error.failure.value)
+            cut = b"" if opened.scanner.between_events else b"\n\n"
+            await self._client.write(cut + told.event(self._call.route.dialect))
+        return await self._client.end()
+
+    async def _answer_whole(self, order: Open, opened: Opened) -> web.StreamResponse:
+        ticket = self._ticket
+        usage = opened.usage
+        ticket.output_tokens = (usage and usage.output_tokens) or 0
+        now_s = self._parts.clock()
+        if ticket.output_tokens:
+            self._meter.on_tokens(now_s, ticket.output_tokens)
+        ticket.abort = None
+        opened.response.release()
+        self._kind = EndKind.FINISHED
+        ticket.ended(EndKind.FINISHED)
+        self._learn(usage)
+        if self._client.begun:
+            await self._client.write(b"data: " + opened.head + b"\n\ndata: [DONE]\n\n")
+            return await self._client.end()
+        headers = self._headers(forwarded(opened.response.headers), order.decision)
+        return whole(opened.response.status, headers, opened.head)
+
+    def _learn(self, usage: Usage | None) -> None:
+        call = self._call
+        if usage is not None and usage.prompt_tokens is not None:
+            self._parts.counter.learn(call.request.model, call.prompt_chars, usage.prompt_tokens)
+        if self._ticket.output_tokens:
+            self._parts.endpoints.learn_length(
+                call.request, self._ticket.output_tokens, complete=self._kind is EndKind.FINISHED
+            )
+
+    def _headers(self, engine: dict[str, str], decision: Decision | None) -> CIMultiDict[str]:
+        """The engine's headers and ours."""
+        headers = CIMultiDict(engine)
+        headers["x-request-id"] = self._public_id
+        headers["x-tiergate-tier"] = self._call.request.tier
+        decision = decision or self._ticket.decision
+        if decision is None:
+            return headers
+        waited_s = max(0.0, decision.at_s - self._call.request.arrival_s)
+        headers["x-tiergate-queue-ms"] = f"{waited_s * 1e3:.1f}"
+        headers["x-tiergate-decision"] = decision.outcome.value
+        if decision.backend is not None:
+            headers["x-tiergate-backend"] = decision.backend
+            ttft_s, tpot_s = predicted(decision)
+            if ttft_s is not None:
+                headers["x-tiergate-ttft-ms"] = f"{(ttft_s + waited_s) * 1e3:.1f}"
+            if tpot_s is not None:
+                headers["x-tiergate-tpot-ms"] = f"{tpot_s * 1e3:.2f}"
+        return headers
+
+    def _account(self, error: ApiError | None) -> None:
+        """Count and log, whatever the way out."""
+        parts, ticket, request = self._parts, self._ticket, self._call.request
+        now_s = parts.clock()
+        decision = ticket.decision
+        attained: bool | None = None
+        placed = ticket.backend is not None
+        if decision is not None:
+            parts.decisions.add(self._public_id, decision)
+        if placed:
+            ttft_s, tpot_s = (None, None) if decision is None else predicted(decision)
+            if ttft_s is not None and decision is not None:
+                ttft_s += max(0.0, decision.at_s - request.arrival_s)
+            kind = self._kind
+            attained = parts.telemetry.ended(request, self._meter, kind, now_s, (ttft_s, tpot_s))
+        if parts.live.now.settings.log_requests and request_log.isEnabledFor(logging.INFO):
+            end = self._kind.value if placed else ("refused" if error is not None else "cancelled")
+            request_log.info("%s", _log_line(self._public_id, request, ticket, self._meter, end, attained, now_s))
+
+
+def predicted(decision: Decision) -> tuple[float | None, float | None]:
+    """(TTFT from the decision on, TPOT) that were predicted for the chosen backend, in seconds."""
+    for candidate in decision.candidates:
+        if candidate.backend == decision.backend:
+            return candidate.ttft_s, candidate.tpot_s
+    return None, None
+
+
+def _log_line(
+    public_id: str,
+    request: Request,
+    ticket: Ticket,
+    meter: DeadlineMeter,
+    end: str,
+    attained: bool | None,
+    now_s: float,
+) -> str:
+    """One JSON line about a request; never a word of its prompt."""
+    decision = ticket.decision
+    line: dict[str, str | int | float | bool | None] = {
+        "time": time.time(),
+        "request_id": public_id,
+        "tenant": request.tenant or None,
+        "model": request.model,
+        "tier": request.tier,
+        "backend": ticket.backend,
+        "decision": None if decision is None else decision.outcome.value,
+        "end": end,
+        "attained": attained,
+        "streamed": request.streamed,
+        "prompt_tokens": request.prompt_tokens,
+        "output_tokens": ticket.output_tokens,
+        "seconds": round(now_s - request.arrival_s, 4),
+    }
+    if meter.tokens and request.streamed:
+        line["ttft_s"] = round(meter.first_s - request.arrival_s, 4)
+        line["tpot_s"] = None if meter.mean_tpot_s is None else round(meter.mean_tpot_s, 5)
+    return orjson.dumps(line).decode()
+
+
+class Generator:
+    """Reads, checks and serves requests of the generating routes."""
+
+    def __init__(self, parts: Parts, instance: str) -> None:
+        self._parts = parts
+        self._instance = instance
+        self._count = 0
+
+    def new_id(self) -> str:
+        """An id that no other request of any gateway has."""
+        self._count += 1
+        return f"{self._instance}-{self._count:x}"
+
+    async def handle(
+        self, http: web.BaseRequest, route: Route, body: bytes, caller: Caller, given_id: str | None
+    ) -> web.StreamResponse:
+        """Serve one request. Raises ApiError before anything was sent."""
+        request_id = self.new_id()
+        parts = self._parts
+        call = await parts.parser.parse(
+            route,
+            body,
+            http.headers,
+            caller=caller,
+            tiers=parts.live.now.tiers,
+            request_id=request_id,
+            arrival_s=parts.clock(),
+        )
+        async with parts.shell.admit(call.request) as ticket:
+            return await Exchange(parts, http, call, given_id or request_id, ticket).run()

@@ -1,0 +1,170 @@
+"""What the gateway learns while it serves, and keeps: step times per backend, answer lengths, prompt ratios."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from adapters import registry
+from adapters.contract import Adapter, Capabilities
+from gateway.config import BackendSettings, EngineKind
+from gateway.dispatch import PrefillSample, StepSample
+from gateway.fleet import StepLearner, Timing
+from gateway.tokens import TokenCounter
+from profiles import Limits, Profile, load, prior
+from profiles.correct import CorrectedProfile, Corrector
+from profiles.lengths import LengthBook
+from scheduling.backends import EngineLimits
+from scheduling.lengths import LengthModel
+
+
+class Saved(BaseModel):
+    """The file of what was learned. Corrections and lengths are the learners' own JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int = 1
+    corrections: dict[str, str] = {}
+    lengths: str | None = None
+    chars_per_token: dict[str, float] = {}
+
+
+class ProfiledSteps:
+    """One backend's profile, corrected by what its streams show."""
+
+    def __init__(self, profile: Profile, *, measured: bool, chunk_tokens: int | None) -> None:
+        limits = profile.limits
+        self._limits = EngineLimits(
+            limits.max_running_seqs,
+            limits.max_batched_tokens,
+            limits.kv_tokens,
+            limits.max_model_tokens,
+            limits.block_tokens,
+        )
+        self.corrector = Corrector(
+            profile.step_time,
+            measured=measured,
+            p90_error=profile.p90_error,
+            chunk_tokens=chunk_tokens or limits.max_batched_tokens,
+        )
+        self._timing = self._of(self.corrector.snapshot())
+        self._seen = 0
+        self._looked = 0
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self._limits
+
+    def observe(self, sample: StepSample) -> None:
+        self.corrector.observe_decode(sample.decode_seqs, sample.decode_kv_tokens, sample.step_s, sample.steps)
+        self._seen += 1
+
+    def observe_prefill(self, sample: PrefillSample) -> None:
+        self.corrector.observe_prefill(
+            sample.prompt_tokens, sample.decode_seqs, sample.decode_kv_tokens, sample.seconds
+        )
+        self._seen += 1
+
+    def timing(self) -> Timing:
+        """A new one only when something was seen since the last."""
+        if self._seen != self._looked:
+            self._looked = self._seen
+            self._timing = self._of(self.corrector.snapshot())
+        return self._timing
+
+    def restore(self, text: str) -> None:
+        """What an earlier run learned of this backend. Raises ProfileError."""
+        self.corrector.restore(text)
+        self._timing = self._of(self.corrector.snapshot())
+
+    @staticmethod
+    def _of(known: CorrectedProfile) -> Timing:
+        return Timing(known.step_time, 1.0 + known.p90_error, known.calibrated, known.version, known.p90_error)
+
+
+class Lengths:
+    """Answer lengths per model and tier."""
+
+    def __init__(self) -> None:
+        self.book = LengthBook()
+        self._dirty: set[tuple[str, str]] = set()
+
+    def observe(self, model: str, tier: str, output_tokens: int, *, complete: bool) -> None:
+        self.book.observe(model, tier, output_tokens, finished=complete)
+        self._dirty.add((model, tier))
+
+    def changed(self) -> list[tuple[str, str, LengthModel]]:
+        dirty, self._dirty = self._dirty, set()
+        return [(model, tier, self.book.snapshot(model, tier)) for model, tier in sorted(dirty)]
+
+    def restore(self, text: str) -> None:
+        """What an earlier run learned. Raises ProfileError."""
+        self.book.restore(text)
+
+
+class Learned:
+    """Makes what backends need, and saves what was learned (`gateway.fleet.Teachers`)."""
+
+    def __init__(self, counter: TokenCounter, path: Path | None) -> None:
+        """Raises OSError, ValidationError or ProfileError for a file that is there and cannot be used."""
+        self._counter = counter
+        self._path = path
+        self._lengths = Lengths()
+        self._steps: dict[str, ProfiledSteps] = {}
+        self._saved = Saved()
+        if path is not None and path.exists():
+            self._saved = Saved.model_validate_json(path.read_bytes())
+            counter.restore(self._saved.chars_per_token)
+            if self._saved.lengths is not None:
+                self._lengths.restore(self._saved.lengths)
+
+    @property
+    def lengths(self) -> Lengths:
+        return self._lengths
+
+    async def connect(self, settings: BackendSettings) -> Adapter:
+        options = registry.AdapterOptions(
+            api_key=None if settings.api_key is None else settings.api_key.get_secret_value()
+        )
+        if settings.engine is EngineKind.AUTO:
+            return await registry.detect(settings.url, options)
+        return registry.make(settings.engine.value, settings.url, options)
+
+    def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner:
+        measured = settings.profile is not None
+        if settings.profile is not None:
+            profile = load(settings.profile)
+        else:
+            known = {
+                "kv_tokens": settings.limits.kv_tokens or capabilities.kv_tokens,
+                "max_running_seqs": settings.limits.max_running_seqs or capabilities.max_running_seqs,
+                "max_batched_tokens": settings.limits.max_batched_tokens or capabilities.max_batched_tokens,
+                "max_model_tokens": settings.limits.max_model_tokens or capabilities.max_model_tokens,
+                "block_tokens": settings.limits.block_tokens or capabilities.block_tokens,
+            }
+            profile = prior(Limits(**{name: value for name, value in known.items() if value is not None}))
+        steps = ProfiledSteps(profile, measured=measured, chunk_tokens=capabilities.max_batched_tokens)
+        saved = self._saved.corrections.get(settings.name)
+        if saved is not None:
+            steps.restore(saved)
+        self._steps[settings.name] = steps
+        return steps
+
+    def to_json(self) -> bytes:
+        """Everything that was learned."""
+        corrections = dict(self._saved.corrections)
+        corrections |= {name: steps.corrector.to_json() for name, steps in self._steps.items()}
+        saved = Saved(
+            corrections=corrections,
+            lengths=self._lengths.book.to_json(),
+            chars_per_token=self._counter.learned(),
+        )
+        return saved.model_dump_json().encode()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all. Raises OSError."""
+        if self._path is None:
+            return
+        beside = self._path.with_suffix(self._path.suffix + ".new")
+        beside.write_bytes(self.to_json())
+        beside.replace(self._path)

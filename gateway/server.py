@@ -1,0 +1,86 @@
+"""HTTP server pieces of aiohttp, bent where its defaults do not speak OpenAI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler
+
+from gateway.config import Settings
+from gateway.errors import ApiError, InvalidRequest
+
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class _Broken(ApiError):
+    """Something inside the gateway went wrong."""
+
+    status = 500
+    kind = "internal_error"
+
+
+class _Connection(RequestHandler):
+    """Errors that aiohttp itself finds (unreadable HTTP, floods of headers) are told as JSON."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if 400 <= status < 500:
+            error: ApiError = InvalidRequest(message or "the HTTP request cannot be read", code="bad_http")
+        else:
+            self.log_exception("Error while handling a request", exc_info=exc)
+            error = _Broken("the gateway failed on this request", code="internal_error")
+        answer = web.Response(status=status, headers={"content-type": "application/json"}, body=error.body())
+        answer.force_close()
+        return answer
+
+
+class GatewayServer(web.Server):
+    """A server without routing and middlewares; a handler is cancelled when its client goes away."""
+
+    def __init__(self, handler: _Handler, settings: Settings) -> None:
+        super().__init__(handler, handler_cancellation=True)
+        # The gateway writes its own line a request.
+        self._silent = logging.getLogger("tiergate.access")
+        self._silent.disabled = True
+        self._body_bytes = settings.limits.body_bytes
+        self._limits = settings.limits
+        self._timeouts = settings.timeouts
+        self.request_factory = self._make
+
+    def _make(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        return web.BaseRequest(
+            message, payload, protocol, writer, task, self._loop, client_max_size=self._body_bytes
+        )
+
+    def __call__(self) -> RequestHandler:
+        limits = self._limits
+        return _Connection(
+            self,
+            loop=self._loop,
+            access_log=self._silent,
+            keepalive_timeout=self._timeouts.keep_alive_s,
+            max_line_size=limits.header_line_bytes,
+            max_field_size=limits.header_line_bytes,
+            max_headers=limits.header_fields,
+            lingering_time=2.0,
+        )

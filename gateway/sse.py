@@ -1,0 +1,239 @@
+"""Counting what a stream of server-sent events carries, on its bytes, without decoding them.
+
+The scanner sees every byte once and returns what goes to the client: the same bytes, but for the usage event that
+only the gateway asked for. Which events carry tokens is told by one pattern per API; JSON is decoded only for the
+one event that carries the usage.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import orjson
+
+
+class Api(Enum):
+    """Which API's events a stream carries."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
+    EMBEDDINGS = "embeddings"
+
+
+# A quote inside a JSON string is escaped, so `"name":` can only be a key of the event itself.
+_CONTENT = {
+    Api.CHAT: re.compile(
+        rb'"(?:content|reasoning_content|reasoning|refusal|arguments)"\s*:\s*"(?!")|"tool_calls"\s*:\s*\[\s*\{'
+    ),
+    Api.COMPLETIONS: re.compile(rb'"text"\s*:\s*"(?!")'),
+    Api.RESPONSES: re.compile(rb'"type"\s*:\s*"response\.[a-z_.]+\.delta"'),
+    Api.MESSAGES: re.compile(rb'"(?:text|thinking|partial_json|signature)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"'),
+    Api.EMBEDDINGS: re.compile(rb"(?!)"),
+}
+_FINISH = {
+    Api.CHAT: re.compile(rb'"finish_reason"\s*:\s*"|data:\s*\[DONE\]'),
+    Api.COMPLETIONS: re.compile(rb'"finish_reason"\s*:\s*"|data:\s*\[DONE\]'),
+    Api.RESPONSES: re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"|data:\s*\[DONE\]'),
+    Api.MESSAGES: re.compile(rb'"type"\s*:\s*"message_stop"'),
+    Api.EMBEDDINGS: re.compile(rb"(?!)"),
+}
+_ERROR = re.compile(rb'(?:^|\n)event:\s*error\b|(?:^|\n)data:\s*\{\s*"(?:error"\s*:\s*\{|object"\s*:\s*"error")')
+_EMPTY_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_DATA = re.compile(rb"(?:^|\n)data:")
+_CHUNKS_KEPT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the engine says a request took. None where it did not say."""
+
+    prompt_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None = None
+
+
+class StreamTooWide(Exception):
+    """One event is larger than the limit: not a stream of events."""
+
+
+class SseScanner:
+    """Follows one stream. `feed` takes bytes as they come and returns the bytes for the client.
+
+    Attributes:
+        tokens: content events so far (or the engine's own running count, when `counts_from_usage`).
+        usage: the engine's final usage, once it came.
+        error: the first error event, once it came.
+        opened: whether anything came that ends the wait for the first token.
+    """
+
+    __slots__ = (
+        "_api",
+        "_carry",
+        "_content",
+        "_counts_from_usage",
+        "_finish",
+        "_held",
+        "_limit",
+        "_recent",
+        "_separator",
+        "_strip_usage",
+        "error",
+        "opened",
+        "tokens",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        api: Api,
+        *,
+        strip_usage: bool = False,
+        counts_from_usage: bool = False,
+        limit_bytes: int = 4 << 20,
+    ) -> None:
+        self._api = api
+        self._content = _CONTENT[api]
+        self._finish = _FINISH[api]
+        self._strip_usage = strip_usage
+        self._counts_from_usage = counts_from_usage
+        self._limit = limit_bytes
+        self._carry = b""
+        self._separator = b""
+        self._held = False
+        self._recent: list[bytes] = []
+        self.tokens = 0
+        self.usage: Usage | None = None
+        self.error: bytes | None = None
+        self.opened = False
+
+    @property
+    def between_events(self) -> bool:
+        """Whether the last byte that went to the client ended an event."""
+        return self._held or not self._carry
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stream said that it is complete."""
+        return self._finish.search(b"".join(self._recent)) is not None
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Count `chunk`; returns what goes to the client. Raises StreamTooWide."""
+        recent = self._recent
+        recent.append(chunk)
+        if len(recent) > _CHUNKS_KEPT:
+            del recent[0]
+        if not self._carry and self._separator == b"\n\n" and chunk.find(b"\n\n") == len(chunk) - 2:
+            return chunk if self._event(chunk) else b""
+        return self._feed_pieces(chunk)
+
+    def _feed_pieces(self, chunk: bytes) -> bytes:
+        carry = self._carry
+        data = carry + chunk if carry else chunk
+        separator = self._separator or self._find_separator(data)
+        if not separator:
+            pieces, rest = [], data
+        else:
+            *pieces, rest = data.split(separator)
+        if len(rest) > self._limit:
+            raise StreamTooWide
+        self._carry = rest
+        dropped = False
+        kept: list[bytes] = []
+        for piece in pieces:
+            event = piece + separator
+            if self._event(event):
+                kept.append(event)
+            else:
+                dropped = True
+        if not self._strip_usage:
+            return chunk
+        # With an event to be taken out, only whole events go on: half of it may not slip through.
+        self._held = True
+        return b"".join(kept) if dropped or carry or rest else data
+
+    def _find_separator(self, data: bytes) -> bytes:
+        plain, windows = data.find(b"\n\n"), data.find(b"\r\n\r\n")
+        if windows >= 0 and (plain < 0 or windows < plain):
+            self._separator = b"\r\n\r\n"
+        elif plain >= 0:
+            self._separator = b"\n\n"
+        return self._separator
+
+    def flush(self) -> bytes:
+        """The stream has ended: bytes of an unfinished event that were held back."""
+        rest, self._carry = self._carry, b""
+        return rest if self._held else b""
+
+    def _event(self, event: bytes) -> bool:
+        """Count one whole event; False when it must not reach the client."""
+        has_content = self._content.search(event) is not None
+        if has_content:
+            self.opened = True
+            if not self._counts_from_usage:
+                self.tokens += 1
+                return True
+        if b'"usage"' in event:
+            usage = read_usage(event)
+            if usage is not None:
+                self.usage = usage
+                if self._counts_from_usage and usage.output_tokens is not None:
+                    self.tokens = max(self.tokens, usage.output_tokens)
+                if self._strip_usage and _EMPTY_CHOICES.search(event) is not None:
+                    return False
+        if not self.opened and not has_content:
+            if _ERROR.search(event) is not None:
+                self.opened = True
+                self.error = event
+            elif self._finish.search(event) is not None:
+                self.opened = True
+        elif self.error is None and not has_content and b"error" in event and _ERROR.search(event) is not None:
+            self.error = event
+        return True
+
+
+def has_data(event: bytes) -> bool:
+    """Whether an event carries data, and is not a comment only."""
+    return _DATA.search(event) is not None
+
+
+def read_usage(event: bytes) -> Usage | None:
+    """The usage in one event, whichever API it is of; None when there is none that can be read."""
+    start = event.find(b"data:")
+    if start < 0:
+        return None
+    try:
+        data = orjson.loads(event[start + 5 :].strip())
+    except orjson.JSONDecodeError:
+        return None
+    return usage_of(data)
+
+
+def usage_of(answer: object) -> Usage | None:
+    """The usage of a decoded answer or event. Responses and Messages nest it or name its fields otherwise."""
+    if not isinstance(answer, dict):
+        return None
+    usage = answer.get("usage")
+    if not isinstance(usage, dict):
+        for outer in ("response", "message"):
+            inner = answer.get(outer)
+            if isinstance(inner, dict) and isinstance(inner.get("usage"), dict):
+                usage = inner["usage"]
+                break
+        else:
+            return None
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    found = Usage(
+        _count(usage.get("prompt_tokens", usage.get("input_tokens"))),
+        _count(usage.get("completion_tokens", usage.get("output_tokens"))),
+        _count(cached if cached is not None else usage.get("cache_read_input_tokens")),
+    )
+    return None if found.prompt_tokens is None and found.output_tokens is None else found
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

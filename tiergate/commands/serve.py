@@ -1,0 +1,154 @@
+"""`tiergate serve`: run the gateway until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from gateway.app import Gateway, running
+from gateway.config import ConfigError, Settings, load, parse_backend_flag
+from gateway.learning import Learned
+from tiergate.commands import CommandFailed, UsageError
+from tiergate.root import check_profiles, wire
+
+if TYPE_CHECKING:
+    from tiergate.commands import Subparsers
+
+log = logging.getLogger("tiergate")
+
+_SAVE_EVERY_S = 60.0
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that make up a configuration; `check` has the same ones."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file (docs/configuration.md)")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        metavar="URL[,key=value...]",
+        help="an engine; may be repeated; keys: name, engine, model, profile, tier, api_key and limits",
+    )
+    parser.add_argument("--host", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (8080; 0 takes a free one)")
+    parser.add_argument("--policy", help="how requests are placed (polyserve)")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="run the gateway in front of one or more engines",
+        description="Serve the OpenAI API in front of engines, every token on time.",
+        epilog="SIGHUP reads the configuration again; SIGTERM waits for open streams, then stops.",
+    )
+    add_settings_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no line for each request")
+    parser.set_defaults(func=run)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The configuration that arguments, environment and file make up. Raises UsageError."""
+    try:
+        overrides: dict[str, object] = {"host": args.host, "port": args.port}
+        if args.backend:
+            overrides["backends"] = [parse_backend_flag(flag) for flag in args.backend]
+        if args.policy:
+            overrides["policy"] = {"name": args.policy}
+        if getattr(args, "quiet", False):
+            overrides["log_requests"] = False
+        return load(args.config, os.environ, overrides)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = settings_of(args)
+    if not settings.backends:
+        raise UsageError("no backend: give --backend http://host:port, or `backends` in a configuration file")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    requests = logging.getLogger("tiergate.requests")
+    requests.propagate = False
+    lines = logging.StreamHandler(sys.stdout)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    requests.addHandler(lines)
+    try:
+        uvloop.run(serve(args, settings))
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise CommandFailed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    return 0
+
+
+async def serve(args: argparse.Namespace, settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT; a second one does not wait for streams. Raises ConfigError, OSError."""
+    wiring = wire(settings)
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    again = asyncio.Event()
+    reload = asyncio.Event()
+
+    def on_stop() -> None:
+        (again if stop.is_set() else stop).set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    try:
+        async with running(settings, wiring) as gateway, asyncio.TaskGroup() as tasks:
+            log.info("listening on http://%s:%d, policy %s", settings.host, gateway.port, settings.policy.name)
+            side = [tasks.create_task(_reload_on(reload, gateway, args), name="reload")]
+            if isinstance(wiring.teachers, Learned) and settings.learned_state is not None:
+                side.append(tasks.create_task(_save_often(wiring.teachers), name="save"))
+            await stop.wait()
+            log.info("stopping: waiting at most %.0f s for open streams", settings.drain_grace_s)
+            await _drain(gateway, settings.drain_grace_s, again)
+            for task in side:
+                task.cancel()
+    finally:
+        if isinstance(wiring.teachers, Learned):
+            _save(wiring.teachers)
+
+
+async def _drain(gateway: Gateway, grace_s: float, again: asyncio.Event) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        draining = tasks.create_task(gateway.drain(grace_s))
+        impatient = tasks.create_task(again.wait())
+        await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        impatient.cancel()
+
+
+async def _reload_on(reload: asyncio.Event, gateway: Gateway, args: argparse.Namespace) -> None:
+    while True:
+        await reload.wait()
+        reload.clear()
+        try:
+            settings = await asyncio.to_thread(settings_of, args)
+            check_profiles(settings)
+        except (UsageError, ConfigError) as error:
+            log.error("the configuration stays as it was: %s", error)
+            continue
+        await gateway.reload(settings)
+
+
+async def _save_often(learned: Learned) -> None:
+    while True:
+        await asyncio.sleep(_SAVE_EVERY_S)
+        await asyncio.to_thread(_save, learned)
+
+
+def _save(learned: Learned) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            learned.save()
+        except OSError as error:
+            log.warning("what was learned could not be saved: %s", error)

@@ -1,0 +1,60 @@
+"""The composition root: makes the parts of a gateway from its settings and puts them together."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from random import Random
+
+from pydantic import ValidationError
+
+from gateway.app import Wiring
+from gateway.config import ConfigError, Settings, tier_set, unknown
+from gateway.learning import Learned
+from gateway.tokens import FileTokenizer, TokenCounter
+from profiles import ProfileError, load
+from scheduling.dispatcher import Dispatcher, Options
+from scheduling.policies import POLICIES, make
+from state.memory import MemoryStore
+
+
+def wire(settings: Settings) -> Wiring:
+    """Everything a gateway needs, on the memory store. Raises ConfigError."""
+    dispatcher = make_dispatcher(settings)
+    check_profiles(settings)
+    counter = TokenCounter(
+        settings.tokens, {model: FileTokenizer(path) for model, path in settings.tokens.tokenizers.items()}
+    )
+    try:
+        learned = Learned(counter, settings.learned_state)
+    except (OSError, ValidationError, ProfileError) as error:
+        raise ConfigError(f"learned_state: {settings.learned_state}: {error}") from None
+    return Wiring(dispatcher, MemoryStore(), learned, counter, version("tiergate"))
+
+
+def make_dispatcher(settings: Settings) -> Dispatcher:
+    """The core with the configured policy. Raises ConfigError for a name or an option that is not there."""
+    name = settings.policy.name
+    if name not in POLICIES:
+        raise ConfigError(f"policy.name: {unknown('policy', name, sorted(POLICIES))}")
+    known = list(Options.__dataclass_fields__)
+    values: dict[str, float | int] = {}
+    for option, value in settings.policy.options.items():
+        if option not in known:
+            raise ConfigError(f"policy.options: {unknown('option', option, known)}")
+        if isinstance(value, bool | str) or value < 0:
+            raise ConfigError(f"policy.options.{option}: must be a number of at least 0, not {value!r}")
+        whole = isinstance(getattr(Options(), option), int)
+        values[option] = int(value) if whole else float(value)
+    rng = Random(settings.seed)
+    # Each value was checked against the field's own type above, which no type checker can follow.
+    return Dispatcher(tier_set(settings), make(name, rng), rng, Options(**values))  # type: ignore[arg-type]
+
+
+def check_profiles(settings: Settings) -> None:
+    """Load every named profile once, so a wrong name is told before anything listens. Raises ConfigError."""
+    for backend in settings.backends:
+        if backend.profile is not None:
+            try:
+                load(backend.profile)
+            except ProfileError as error:
+                raise ConfigError(f"backend {backend.name}: profile: {error}") from None
