@@ -116,6 +116,7 @@ class ChoiceStream:
         "_first",
         "_heads",
         "_held",
+        "_is_closing",
         "_plain",
         "_plan",
         "_protocol",
@@ -134,6 +135,7 @@ class ChoiceStream:
         self._tail = writer.fast_tail
         self._protocol = stream.protocol
         self._write = stream.transport.write
+        self._is_closing = stream.transport.is_closing
         self._held: int | None = None  # the first token not yet written, while the client does not read
         faults = stream.faults
         faulty = faults.cut_after_tokens is not None or faults.stall_after_tokens is not None
@@ -141,6 +143,8 @@ class ChoiceStream:
 
     def token(self, index: int, *, finished: bool) -> None:
         """Write token `index`, or count it while the client does not read."""
+        if self._is_closing():
+            return  # the client has left; the handler, cancelled for that, aborts the sequence in a moment
         if index and self._plain and not finished and self._held is None and not self._protocol.writing_paused:
             text = TOKEN_TEXT[(self._first + index) & WORD_MASK]
             head = self._heads.get(len(text)) or self._writer.fast_head(len(text))

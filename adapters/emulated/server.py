@@ -28,6 +28,8 @@ from adapters.emulated.tokens import decode
 from tiergate_engine.model import EngineModel
 from tiergate_engine.step import StepTime
 
+_CLIENT_LEFT = 499
+
 
 class EmulatedEngine:
     """One emulated engine: its settings, its driver, and the handlers of its routes."""
@@ -194,6 +196,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _refusal(error)
     except web.HTTPException as error:
         return _refusal(ApiError(error.status, error.reason))
+    except ConnectionResetError:
+        return web.Response(status=_CLIENT_LEFT)  # nobody reads it: the client left before the first byte
 
 
 def _refusal(error: ApiError) -> web.Response:

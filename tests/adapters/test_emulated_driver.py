@@ -17,7 +17,7 @@ STEP_S = 0.010
 Result = TypeVar("Result")
 
 
-class _Jump(selectors.DefaultSelector):  # type: ignore[valid-type, misc]  # chosen at run time by the library
+class _Jump(selectors.DefaultSelector):
     """Instead of waiting, moves the clock."""
 
     now_s = 0.0
@@ -63,12 +63,20 @@ class Recorder:
             self.finished.set()
 
 
-def _model(**overrides: int) -> EngineModel:
-    config = EngineConfig(kv_tokens=4096, max_model_tokens=1024, max_batched_tokens=64, **overrides)
+def _model(max_running_seqs: int = 256, max_queued_seqs: int | None = None) -> EngineModel:
+    config = EngineConfig(
+        kv_tokens=4096,
+        max_model_tokens=1024,
+        max_batched_tokens=64,
+        max_running_seqs=max_running_seqs,
+        max_queued_seqs=max_queued_seqs,
+    )
     return EngineModel(config, RooflineStepTime(c0_s=STEP_S, per_token_s=1e-5))
 
 
-def _run(body: Callable[[VirtualLoop, EngineDriver], Awaitable[Result]], model: EngineModel | None = None) -> Result:
+def _run(
+    body: Callable[[VirtualLoop, EngineDriver], Awaitable[Result]], model: EngineModel | None = None
+) -> Result:
     async def main() -> Result:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
