@@ -9,9 +9,9 @@ An observation goes in, an immutable snapshot with its version and error comes o
 The learning parts read no clock and do no I/O. Only ``tiergate_engine`` is imported from this project.
 """
 
+from profiles.assumed import prior as prior
 from profiles.catalogue import load as load
 from profiles.catalogue import shipped as shipped
 from profiles.format import Limits as Limits
 from profiles.format import Profile as Profile
 from profiles.format import ProfileError as ProfileError
-from profiles.assumed import prior as prior

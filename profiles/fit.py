@@ -1,7 +1,7 @@
 """Fitting the roofline formula to observed steps.
 
-Least squares on relative residuals with all coefficients non-negative; the error that is reported is that of
-k-fold cross-validation, so no observation judges a fit it took part in.
+Least squares on relative residuals (softened for outliers) with all coefficients non-negative; the error that is
+reported is that of k-fold cross-validation, so no observation judges a fit it took part in.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tiergate_engine.steptime import RAMP_TOKENS, RooflineStepTime
 Floats: TypeAlias = NDArray[np.float64]
 
 _MAX_SHARPNESS = 8.0  # a sharper bend than this is not to be told from noise
+_OUTLIER = 0.1  # relative residuals beyond this count linearly, not squared
 _LINEAR = ("per_token_s", "per_seq_s", "per_kv_s", "mixed_kv_s", "per_context_s", "per_attention_s")
 
 
@@ -165,15 +166,17 @@ def _fit_bent(columns: Floats, seconds: Floats, weights: Floats, straight: Roofl
             residuals,
             np.clip(start, lower + 1e-6, upper),
             bounds=(lower, upper),
-            x_scale=1.0,
+            loss="soft_l1",
+            f_scale=_OUTLIER,
             max_nfev=300,
         )
         if best is None or found.cost < best[0]:
             best = (float(found.cost), np.asarray(found.x, dtype=np.float64))
     assert best is not None
     values = best[1] * units
-    # What the solver leaves next to a bound is zero for every purpose.
+    # What the solver leaves next to a bound is zero for every purpose, and so is what nothing was observed of.
     values = np.where(best[1] < 1e-7, 0.0, values)
+    values[2:8][~columns.any(axis=0)] = 0.0
     return RooflineStepTime(
         c0_s=float(values[0]),
         weights_s=float(values[1]),
@@ -188,4 +191,4 @@ def _cost(model: RooflineStepTime, columns: Floats, seconds: Floats, weights: Fl
         dtype=np.float64,
     )
     residuals = (_predict(vector, columns) / seconds - 1.0) * weights
-    return float(residuals @ residuals)
+    return float(np.sum(np.sqrt(1.0 + (residuals / _OUTLIER) ** 2) - 1.0)) * 2.0 * _OUTLIER**2
