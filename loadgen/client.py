@@ -19,6 +19,7 @@ from loadgen.target import Target
 from loadgen.workload import PlannedRequest
 from scheduling.scoring import TierCounter, judge
 
+_TIMER_S = 0.001  # uvloop's timers are whole milliseconds, and may fire early by one
 _LAG_PERIOD_S = 0.05
 
 
@@ -163,7 +164,9 @@ class _Load:
 
     async def _send_all(self, group: asyncio.TaskGroup) -> None:
         for request in self._workload:
-            await asyncio.sleep(max(request.at_s - self._now_s(), 0.0))
+            await asyncio.sleep(0)  # let the requests before this one go out, however late all of them are
+            while (wait_s := request.at_s - self._now_s()) > 0:  # noqa: ASYNC110 - it waits for a time
+                await asyncio.sleep(max(wait_s, _TIMER_S))
             self._sent += 1
             if len(self._tasks) >= self._options.max_in_flight:
                 self._refuse_to_send(request)
@@ -231,7 +234,7 @@ class _Load:
             before_s = self._now_s()
             await asyncio.sleep(_LAG_PERIOD_S)
             now_s = self._now_s()
-            self._loop_lag_s.append(now_s - before_s - _LAG_PERIOD_S)
+            self._loop_lag_s.append(max(now_s - before_s - _LAG_PERIOD_S, 0.0))
             if self._progress is not None and now_s >= next_s:
                 next_s = now_s + self._options.progress_s
                 self._progress(self._standing())

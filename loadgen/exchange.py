@@ -185,6 +185,7 @@ def read_headers(status: int, headers: Mapping[str, str]) -> Answer:
         predicted_ttft_s=_milliseconds(headers, "x-tiergate-predicted-ttft-ms"),
         predicted_tpot_s=_milliseconds(headers, "x-tiergate-predicted-tpot-ms"),
         retry_after_s=_milliseconds(headers, "retry-after-ms"),
+        emulated=headers.get("x-tiergate-emulated") == "1",
     )
 
 

@@ -59,7 +59,7 @@ def _row(item: TierScore) -> list[str]:
     return [
         item.tier,
         f"{item.offered:,}",
-        f"{item.attained:,}" if item.promised else "no promise",
+        f"{item.attained:,}" if item.promised or not item.offered else "no promise",
         _percent(item.attainment),
         _percent(item.attainment_one_based),
         f"{item.refused:,}",
@@ -79,6 +79,8 @@ def _row(item: TierScore) -> list[str]:
 def report(result: LoadResult, score: Score, title: str | None = None) -> RenderableType:
     """Everything a person wants to see of one load."""
     parts: list[RenderableType] = [score_table(score, title)]
+    if any(item.answer.emulated for item in result.measured):
+        parts.append(Text("The engines behind these numbers were EMULATED: no model ran."))
     reasons = refusals(result.measured)
     if reasons:
         parts.append(Text("refused or failed: " + ", ".join(f"{why} {count:,}" for why, count in reasons.items())))
@@ -116,6 +118,7 @@ def to_json(result: LoadResult, score: Score, settings: object, goodput: Goodput
     return orjson.dumps(
         {
             "settings": settings,
+            "emulated": any(item.answer.emulated for item in result.measured),
             "attainment": score.attainment,
             "score": score,
             "refusals": refusals(result.measured),

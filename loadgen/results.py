@@ -11,7 +11,10 @@ from scheduling.scoring import PredictionScore, RequestRecord, Score, judge, qua
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server said about a request besides its tokens; None where it said nothing."""
+    """What the server said about a request besides its tokens; None where it said nothing.
+
+    `emulated`: the engine said that it emulates one.
+    """
 
     status: int | None = None
     tier: str | None = None
@@ -21,6 +24,7 @@ class Answer:
     predicted_ttft_s: float | None = None
     predicted_tpot_s: float | None = None
     retry_after_s: float | None = None
+    emulated: bool = False
     message: str | None = None
 
 

@@ -84,7 +84,7 @@ async def server() -> AsyncIterator[Server]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", state.answer)
     app.router.add_post("/v1/completions", state.answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -255,8 +255,9 @@ class _Bench:
         )
 
     def _title(self, factor: float) -> str:
-        trace = self._trace_at(factor)
-        return f"{trace.name}, factor {factor:g}, seed {self._args.seed}, {self._args.url}"
+        args = self._args
+        rate_factor = factor * args.rate_factor
+        return f"{self._trace_at(factor).name}, rate factor {rate_factor:g}, seed {args.seed}, {args.url}"
 
     async def _offer(self, factor: float) -> _Offered:
         args = self._args
