@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import uvloop
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -156,7 +157,12 @@ def read_mix(text: str) -> TierMix:
         if not isinstance(entry, dict):
             raise WorkloadError(f"{path}: tiers.{number} must be a mapping, not {entry!r}")
         share = entry.pop("share", 1.0)
-        tier = TierSettings.model_validate(entry)
+        try:
+            tier = TierSettings.model_validate(entry)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            field = ".".join(map(str, (number, *detail["loc"])))
+            raise WorkloadError(f"{path}: tiers.{field}: {detail['msg']}") from None
         if not isinstance(share, int | float):
             raise WorkloadError(f"{path}: tiers.{number}.share must be a number, not {share!r}")
         shares.append(TierShare(tier.name, _slo(tier), share))
