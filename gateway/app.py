@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -22,6 +22,7 @@ from gateway.live import Live
 from gateway.recent import Decisions
 from gateway.relay import Limits, Relay
 from gateway.request import RequestParser
+from gateway.requestlog import RequestLog
 from gateway.server import GatewayServer
 from gateway.telemetry import Exposition, Telemetry
 from gateway.tokens import TokenCounter
@@ -42,6 +43,7 @@ class Wiring:
     teachers: Teachers
     counter: TokenCounter
     version: str
+    write_log: Callable[[bytes], None] | None = None  # takes the request log's lines; may block
 
 
 class Gateway:
@@ -59,6 +61,7 @@ class Gateway:
         self.fleet = GatewayFleet(wiring.teachers, wiring.store, self.shell, settings.health)
         self.shell.learner = self.fleet
         self.telemetry = Telemetry()
+        self.log = RequestLog(wiring.write_log if settings.log_requests else None)
         decisions = Decisions()
         parts = Parts(
             self.live,
@@ -72,6 +75,7 @@ class Gateway:
             ),
             self.telemetry,
             decisions,
+            self.log,
             time.monotonic,
         )
         self.api = Api(parts, self.fleet, Generator(parts, secrets.token_hex(6)), self.gate)
@@ -131,6 +135,7 @@ async def running(settings: Settings, wiring: Wiring) -> AsyncIterator[Gateway]:
     gateway = Gateway(settings, wiring)
     async with asyncio.TaskGroup() as tasks:
         own = gateway.shell.start(tasks) + gateway.fleet.start(tasks, settings.backends)
+        own.append(tasks.create_task(gateway.log.run(), name="request-log"))
         try:
             await gateway.open(settings.host, settings.port)
             yield gateway
@@ -142,5 +147,6 @@ async def running(settings: Settings, wiring: Wiring) -> AsyncIterator[Gateway]:
             gateway.fleet.stop()
             for task in own:
                 task.cancel()
+            gateway.log.flush()
             await gateway.fleet.close()
             await wiring.store.close()

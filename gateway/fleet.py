@@ -119,6 +119,7 @@ class GatewayFleet:
         self._shell = shell
         self._health = health
         self._members: dict[str, Member] = {}
+        self._lengths: list[tuple[str, str, int, bool]] = []  # answers since the last look
         self._tasks: asyncio.TaskGroup | None = None
 
     # --- for requests --------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ class GatewayFleet:
     def learn_length(self, request: Request, output_tokens: int, *, complete: bool) -> None:
         per_sequence = max(1, output_tokens // request.sequences)
         cut = request.max_output_tokens is not None and per_sequence >= request.max_output_tokens
-        self._teachers.lengths.observe(request.model, request.tier, per_sequence, complete=complete and not cut)
+        self._lengths.append((request.model, request.tier, per_sequence, complete and not cut))
 
     def learn_step(self, sample: StepSample) -> None:
         member = self._members.get(sample.backend)
@@ -357,5 +358,8 @@ class GatewayFleet:
                 learner = member.learner
                 if member.published is not None and learner and learner.timing().version != member.version:
                     self._publish(member)
+            answers, self._lengths = self._lengths, []
+            for model, tier, tokens, complete in answers:
+                self._teachers.lengths.observe(model, tier, tokens, complete=complete)
             for model, tier, lengths in self._teachers.lengths.changed():
                 self._shell.feed(LengthsChanged(model, tier, lengths))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 
@@ -21,6 +18,7 @@ from gateway.live import Live
 from gateway.recent import Decisions
 from gateway.relay import Opened, Outgoing, Rejected, Relay
 from gateway.request import Call, Caller, RequestParser, Route
+from gateway.requestlog import RequestLine, RequestLog, wall_clock
 from gateway.sse import Usage
 from gateway.telemetry import Telemetry
 from gateway.ticket import Ticket
@@ -30,8 +28,6 @@ from scheduling.events import EndKind, Open, Refuse
 from scheduling.requests import Request
 from scheduling.scoring import DeadlineMeter
 from scheduling.tiers import Slo
-
-request_log = logging.getLogger("tiergate.requests")
 
 _SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 _WAITING = b": waiting for a place\n\n"
@@ -64,6 +60,7 @@ class Parts:
     relay: Relay
     telemetry: Telemetry
     decisions: Decisions
+    log: RequestLog
     clock: Callable[[], float]
 
 
@@ -167,12 +164,12 @@ class Exchange:
 
     async def _answer(self, order: Open, opened: Opened) -> web.StreamResponse:
         ticket = self._ticket
-        ticket.first_token()
         self._parts.telemetry.decided(
             order.decision, self._call.request.tier, max(0.0, order.decision.at_s - self._call.request.arrival_s)
         )
         if opened.scanner is None:
             return await self._answer_whole(order, opened)
+        ticket.first_token()
         if not self._client.begun:
             await self._client.begin(self._headers(forwarded(opened.response.headers), order.decision))
         ticket.abort_client = self._client.abort
@@ -252,9 +249,31 @@ class Exchange:
                 ttft_s += max(0.0, decision.at_s - request.arrival_s)
             kind = self._kind
             attained = parts.telemetry.ended(request, self._meter, kind, now_s, (ttft_s, tpot_s))
-        if parts.live.now.settings.log_requests and request_log.isEnabledFor(logging.INFO):
+        if parts.log.on:
             end = self._kind.value if placed else ("refused" if error is not None else "cancelled")
-            request_log.info("%s", _log_line(self._public_id, request, ticket, self._meter, end, attained, now_s))
+            parts.log.add(self._line(end, attained, now_s))
+
+    def _line(self, end: str, attained: bool | None, now_s: float) -> RequestLine:
+        ticket, request, meter = self._ticket, self._call.request, self._meter
+        decision = ticket.decision
+        timed = request.streamed and meter.tokens > 0
+        return RequestLine(
+            request_id=self._public_id,
+            tenant=request.tenant,
+            model=request.model,
+            tier=request.tier,
+            backend=ticket.backend,
+            decision=None if decision is None else decision.outcome.value,
+            end=end,
+            attained=attained,
+            streamed=request.streamed,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=ticket.output_tokens,
+            seconds=now_s - request.arrival_s,
+            ttft_s=meter.first_s - request.arrival_s if timed else None,
+            tpot_s=meter.mean_tpot_s if timed else None,
+            time=wall_clock(),
+        )
 
 
 def predicted(decision: Decision) -> tuple[float | None, float | None]:
@@ -263,38 +282,6 @@ def predicted(decision: Decision) -> tuple[float | None, float | None]:
         if candidate.backend == decision.backend:
             return candidate.ttft_s, candidate.tpot_s
     return None, None
-
-
-def _log_line(
-    public_id: str,
-    request: Request,
-    ticket: Ticket,
-    meter: DeadlineMeter,
-    end: str,
-    attained: bool | None,
-    now_s: float,
-) -> str:
-    """One JSON line about a request; never a word of its prompt."""
-    decision = ticket.decision
-    line: dict[str, str | int | float | bool | None] = {
-        "time": time.time(),
-        "request_id": public_id,
-        "tenant": request.tenant or None,
-        "model": request.model,
-        "tier": request.tier,
-        "backend": ticket.backend,
-        "decision": None if decision is None else decision.outcome.value,
-        "end": end,
-        "attained": attained,
-        "streamed": request.streamed,
-        "prompt_tokens": request.prompt_tokens,
-        "output_tokens": ticket.output_tokens,
-        "seconds": round(now_s - request.arrival_s, 4),
-    }
-    if meter.tokens and request.streamed:
-        line["ttft_s"] = round(meter.first_s - request.arrival_s, 4)
-        line["tpot_s"] = None if meter.mean_tpot_s is None else round(meter.mean_tpot_s, 5)
-    return orjson.dumps(line).decode()
 
 
 class Generator:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,11 +76,6 @@ def run(args: argparse.Namespace) -> int:
     if not settings.backends:
         raise UsageError("no backend: give --backend http://host:port, or `backends` in a configuration file")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    requests = logging.getLogger("tiergate.requests")
-    requests.propagate = False
-    lines = logging.StreamHandler(sys.stdout)
-    lines.setFormatter(logging.Formatter("%(message)s"))
-    requests.addHandler(lines)
     try:
         uvloop.run(serve(args, settings))
     except ConfigError as error:
@@ -90,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
 async def serve(args: argparse.Namespace, settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; a second one does not wait for streams. Raises ConfigError, OSError."""
-    wiring = wire(settings)
+    wiring = replace(wire(settings), write_log=_write_log)
+    # What is alive now lives as long as the process; the collector need not walk it again and again.
+    gc.collect()
+    gc.freeze()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     again = asyncio.Event()
@@ -116,6 +116,11 @@ async def serve(args: argparse.Namespace, settings: Settings) -> None:
     finally:
         if isinstance(wiring.teachers, Learned):
             _save(wiring.teachers)
+
+
+def _write_log(lines: bytes) -> None:
+    sys.stdout.buffer.write(lines)
+    sys.stdout.buffer.flush()
 
 
 async def _drain(gateway: Gateway, grace_s: float, again: asyncio.Event) -> None:
