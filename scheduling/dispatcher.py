@@ -98,8 +98,8 @@ class Dispatcher:
         self._lengths: dict[tuple[str, str], LengthModel] = {}
         self._shares = Shares()
         self._blocked: set[str] = set()
-        self._next_handback_s = -math.inf
-        self._next_round_s = -math.inf
+        self._next_handback_s = math.inf  # set when the first backend comes
+        self._next_round_s = math.inf
         self._handlers: dict[type, Callable[..., None]] = {
             ev.Arrived: self._arrived,
             ev.Reserved: self._reserved,
@@ -728,6 +728,9 @@ class Dispatcher:
 
     def _backend_changed(self, event: ev.BackendChanged, now_s: float, out: list[ev.Action]) -> None:
         backend = event.backend
+        if not len(self.fleet):
+            self._next_handback_s = now_s + self.options.handback_period_s
+            self._next_round_s = now_s + self.options.rebalance_period_s
         ledger = self.fleet.put(backend, now_s)
         if backend.state is BackendState.UP:
             self._offer(ledger, now_s, out)

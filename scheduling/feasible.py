@@ -14,6 +14,9 @@ from scheduling.load import Limits
 from scheduling.predict import DEFAULT_CHUNK_TOKENS, Prefill, steady_step_s, walk_prefill
 from scheduling.requests import Request
 
+SLACK_RESERVE = 1.0
+"""Paces of slack that no placement may plan to spend."""
+
 
 @dataclass(slots=True)
 class Judgement:
@@ -88,7 +91,7 @@ def _wait_verdict(ledger: Ledger, ask: Ask, prefill: Prefill, now_s: float) -> V
         return Verdict.FIRST_TOKEN
     if first_s + prefill.next_step_s * margin > ask.ttft_due_s + ask.own_tpot_s:
         return Verdict.SECOND_TOKEN
-    if ledger.slack_floor and not residents_keep_pace(ledger, prefill):
+    if not residents_keep_pace(ledger, prefill):
         return Verdict.RESIDENT_SLACK
     return Verdict.FEASIBLE
 
@@ -97,15 +100,22 @@ def residents_keep_pace(ledger: Ledger, prefill: Prefill) -> bool:
     """Whether the steps that carry the prompt make any resident's token late.
 
     Each of those steps gives every resident one token, due one pace after the other, behind the slack it has
-    banked (DSLO). Lateness after j steps is convex in j, so its ends decide.
+    banked (DSLO). Lateness after j steps is convex in j, so its ends decide. A resident whose own prompt is
+    ahead meets only the steps behind it. `SLACK_RESERVE` of a pace stays unspent, for what no model foresees.
     """
     margin = ledger.backend.margin
     first_s = prefill.wait_s + prefill.first_step_s * margin
     all_s = prefill.wait_s + prefill.total_s * margin
     steps = prefill.steps
     for tpot_s, slack_s in ledger.slack_floor:
-        if first_s > slack_s + tpot_s or all_s > slack_s + steps * tpot_s:
+        left_s = slack_s - SLACK_RESERVE * tpot_s
+        if first_s > left_s + tpot_s or all_s > left_s + steps * tpot_s:
             return False
+    if ledger.queued_slack_floor:
+        own_s = prefill.own_s * margin
+        for tpot_s, slack_s in ledger.queued_slack_floor:
+            if own_s > slack_s + (prefill.own_steps - SLACK_RESERVE) * tpot_s:
+                return False
     return True
 
 

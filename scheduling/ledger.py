@@ -118,6 +118,7 @@ class Ledger:
         "prefill_since_s",
         "queued",
         "queued_prefill_tokens",
+        "queued_slack_floor",
         "residents",
         "seqs",
         "slack_floor",
@@ -154,6 +155,7 @@ class Ledger:
         self.queued_prefill_tokens = self.foreign.queued_prefill_tokens
         self.tightest_tpot_s = math.inf
         self.slack_floor: tuple[tuple[float, float], ...] = ()
+        self.queued_slack_floor: tuple[tuple[float, float], ...] = ()
         self._remaining: list[float] = []
         self._suffix_kv: list[float] = [float(self.kv_tokens)]
         self._suffix_seqs: list[int] = [0]
@@ -197,6 +199,7 @@ class Ledger:
             self._clear_sums()
             return
         slack: dict[float, float] = {}
+        queued_slack: dict[float, float] = {}
         seqs = decodes = kv_tokens = decode_kv_tokens = queued = queued_tokens = 0
         tightest = math.inf
         for resident in self.residents.values():
@@ -207,8 +210,13 @@ class Ledger:
                 if now_s < resident.expected_first_s or resident.request.streamed:
                     queued += count
                     queued_tokens += resident.prefill_tokens
-                    if not resident.lost and resident.tpot_s < tightest:
-                        tightest = resident.tpot_s
+                    if not resident.lost:
+                        tpot_s = resident.tpot_s
+                        if tpot_s < tightest:
+                            tightest = tpot_s
+                        left_s = resident.due_s() - max(resident.expected_first_s, now_s)
+                        if left_s < queued_slack.get(tpot_s, math.inf):
+                            queued_slack[tpot_s] = left_s
                     continue
                 self._guess_progress(resident, now_s)
             decodes += count
@@ -234,6 +242,7 @@ class Ledger:
         self.queued_prefill_tokens = queued_tokens + foreign.queued_prefill_tokens
         self.tightest_tpot_s = tightest
         self.slack_floor = tuple(slack.items())
+        self.queued_slack_floor = tuple(queued_slack.items())
         self._draw_growth()
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
 

@@ -23,15 +23,18 @@ DEFAULT_CHUNK_TOKENS = 2048
 class Prefill:
     """The way to the first token, in seconds.
 
-    ``wait_s``: until the step in flight ends; ``first_step_s`` and ``total_s``: the first and all steps that
-    carry prompt chunks, up to the newcomer's own last; ``steps``: how many; ``next_step_s``: the decode step
-    after them, which brings its second token.
+    ``wait_s``: until the step in flight ends; ``first_step_s`` and ``total_s``: the longest and all steps that
+    carry prompt chunks, up to the newcomer's own last; ``steps``: how many; ``own_s`` and ``own_steps``: those of
+    them behind the last prompt that is ahead; ``next_step_s``: the decode step after them, which brings its
+    second token.
     """
 
     wait_s: float
     first_step_s: float
     total_s: float
     steps: int
+    own_s: float
+    own_steps: float
     next_step_s: float
 
     @property
@@ -69,7 +72,7 @@ def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) 
         ledger.decodes + ledger.queued + request.sequences, kv_tokens + request.prompt_tokens * request.sequences
     )
     if steps == 1:
-        return Prefill(wait_s, last_s, last_s, 1, next_s)
+        return Prefill(wait_s, last_s, last_s, 1, last_s, 1.0, next_s)
 
     own_s = first_s = 0.0
     if own > last_own:
@@ -85,8 +88,11 @@ def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) 
         ahead_s = seconds_of(chunk, 1, context, chunk * context, decodes, kv_tokens)
         first_s = max(first_s, ahead_s)
     ahead_steps = min(ahead / chunk, steps - 1.0)
-    total_s = ahead_steps * ahead_s + (steps - 1 - ahead_steps) * (own_s or ahead_s) + last_s
-    return Prefill(wait_s, first_s, total_s, steps, next_s)
+    own_steps = steps - 1 - ahead_steps
+    behind_s = own_steps * (own_s or ahead_s) + last_s
+    return Prefill(
+        wait_s, max(first_s, last_s), ahead_steps * ahead_s + behind_s, steps, behind_s, own_steps + 1, next_s
+    )
 
 
 def _chunk_tokens(ledger: Ledger, request: Request, pace_s: float) -> int:
@@ -115,8 +121,8 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
         step_s = step_time.decode_seconds(ledger.decodes, ledger.decode_kv_tokens)
         if ledger.last_step_s is None:
             return 0, step_s
-        age_s = now_s - ledger.last_step_s
-        return 0, step_s - age_s if 0.0 <= age_s < step_s else step_s / 2
+        # steps follow each other without a gap: the phase goes on from the last end that was seen
+        return 0, step_s - max(now_s - ledger.last_step_s, 0.0) % step_s if step_s > 0 else 0.0
     head = min(chunk, queued)
     step_s = step_time.seconds_of(head, 1, 0, head * head / 2, ledger.decodes, ledger.decode_kv_tokens)
     since_s = now_s - ledger.prefill_since_s
