@@ -75,7 +75,9 @@ def vllm_server(
     command += ["--max-model-len", str(MAX_MODEL_TOKENS), "--max-num-seqs", str(MAX_RUNNING_SEQS)]
     command += ["--max-num-batched-tokens", str(MAX_BATCHED_TOKENS), "--scheduling-policy", "priority"]
     command += ["--enable-server-load-tracking", "--no-enable-prefix-caching"]
-    command += ["--enable-auto-tool-choice", "--tool-call-parser", "pythonic", *extra]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "pythonic"]
+    # a random model that may write blanks into JSON writes nothing else
+    command += ["--structured-outputs-config", '{"disable_any_whitespace": true}', *extra]
     return ServerProcess(
         command,
         f"http://127.0.0.1:{port}/health",

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from adapters import registry
 from adapters.vllm import VllmAdapter
 from deploy.server_process import free_port
 from deploy.vllm_cpu import server as engines
+from tests.conftest import StartServer
 
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT_S = 600.0  # the first test pays for the installation and the engine's start
@@ -62,10 +64,10 @@ def engine_files() -> EngineFiles:
 def vllm(engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
     """A real vLLM: stock but for the plug-in that keeps it from starving its neighbours.
 
-    While tests are being written, TIERGATE_TEST_VLLM names one that runs already, so that each try does not wait
+    While tests are being written, REAL_VLLM_URL names one that runs already, so that each try does not wait
     for another: `python deploy/vllm_cpu/server.py --development --port 8100`.
     """
-    if running := os.environ.get("TIERGATE_TEST_VLLM"):
+    if running := os.environ.get("REAL_VLLM_URL"):
         yield RealEngine(running, engines.MODEL_NAME, engines.ROOT / ".engine" / "vllm.log", engine_files)
         return
     port = free_port()
@@ -74,11 +76,26 @@ def vllm(engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory) ->
         yield RealEngine(f"http://127.0.0.1:{port}", engines.MODEL_NAME, log, engine_files)
 
 
+@dataclass(frozen=True, slots=True)
+class RealGateway:
+    """A running `tiergate serve`."""
+
+    url: str
+
+
+@pytest.fixture(scope="session")
+def gateway(vllm: RealEngine, start_session_server: StartServer, tiergate_command: list[str]) -> RealGateway:
+    """The gateway as a user starts it: one flag, no file."""
+    port = free_port()
+    start_session_server(
+        [*tiergate_command, "serve", "--backend", vllm.url, "--port", str(port)], port, ready_path="/readyz"
+    )
+    return RealGateway(f"http://127.0.0.1:{port}")
+
+
 @pytest.fixture
 async def adapter(vllm: RealEngine) -> AsyncIterator[VllmAdapter]:
     """Tiergate's adapter to the real vLLM, alone."""
-    from adapters import registry  # noqa: PLC0415 (keeps the import beside its only use)
-
     found = await registry.detect(vllm.url)
     assert isinstance(found, VllmAdapter)
     yield found

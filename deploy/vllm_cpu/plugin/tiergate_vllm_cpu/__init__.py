@@ -12,7 +12,7 @@ import os
 import time
 
 WAIT_S = 100e-6
-SWITCH = "TIERGATE_VLLM_SPIN"
+SWITCH = "KEEP_VLLM_SPIN"
 
 
 def _wait() -> None:
@@ -20,7 +20,7 @@ def _wait() -> None:
 
 
 def register() -> None:
-    """Replace the busy wait, unless the environment variable TIERGATE_VLLM_SPIN is 1."""
+    """Replace the busy wait, unless the environment variable KEEP_VLLM_SPIN is 1."""
     if os.environ.get(SWITCH) == "1":
         return
     from vllm.distributed.device_communicators import shm_broadcast  # noqa: PLC0415 (vLLM loads plug-ins early)
