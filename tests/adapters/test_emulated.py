@@ -419,38 +419,44 @@ async def test_nothing_is_left_after_many_cancels() -> None:
 
 
 async def test_a_reader_that_does_not_read_gets_merged_tokens_and_no_memory() -> None:
-    tokens = 19_000
+    tokens = 6000
     body = json.dumps(_completion(stream=True, max_tokens=tokens)).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    instant = RooflineStepTime(c0_s=1e-5)
-    async with up(step_time=instant) as engine:
+    # A long id makes long events: more than all socket buffers hold is soon written.
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-request-id: {'i' * 3000}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    async with up(step_time=RooflineStepTime(c0_s=3e-4)) as engine:
+        driver = engine.engine.driver
         slow = socket.socket()
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 131_072)
         slow.setblocking(False)
-        loop = asyncio.get_running_loop()
         host, port = engine.url.removeprefix("http://").split(":")
-        await loop.sock_connect(slow, (host, int(port)))
-        reader, writer = await asyncio.open_connection(sock=slow, limit=4096)
-        writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-        while not engine.engine.driver.open_sequences:  # noqa: ASYNC110 -- the request is on its way
-            await asyncio.sleep(0.01)
-        await engine.engine.driver.drained()
-        raw = b""
+        await asyncio.get_running_loop().sock_connect(slow, (host, int(port)))
+        reader, writer = await asyncio.open_connection(sock=slow)
+        writer.write(head.encode() + body)
+        raw = bytearray()
+        for pause_until in (tokens // 2, tokens):
+            while driver.stats.generation_tokens < pause_until:  # noqa: ASYNC110 -- counters tell nobody
+                await asyncio.sleep(0.01)
+            written = len(raw) + 8_000_000  # read what is there, then stop again until the answer is finished
+            while len(raw) < written and (data := await reader.read(65_536)):
+                raw += data
         while data := await reader.read(65_536):
             raw += data
         writer.close()
     parts: list[bytes] = []
-    rest = raw.partition(b"\r\n\r\n")[2]
-    while rest:  # take the chunked framing off
-        size, _, rest = rest.partition(b"\r\n")
-        parts.append(rest[: int(size, 16)])
-        rest = rest[int(size, 16) + 2 :]
-    events = _events(b"".join(parts))
-    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
-    assert count_text(text) == tokens
-    assert len(events) < tokens  # what was not read came merged
-    words = text.split()
+    rest = bytes(raw).partition(b"\r\n\r\n")[2]
+    start = 0
+    while start < len(rest):  # take the chunked framing off
+        end = rest.index(b"\r\n", start)
+        size = int(rest[start:end], 16)
+        parts.append(rest[end + 2 : end + 2 + size])
+        start = end + 2 + size + 2
+    choices = [json.loads(event)["choices"][0] for event in _events(b"".join(parts))[:-1]]
+    words = "".join(choice["text"] for choice in choices).split()
+    assert len(words) == tokens
     assert all(one == other for one, other in zip(words, words[256:], strict=False))  # none lost or doubled
+    merged = [choice for choice in choices if count_text(choice["text"]) > 1]
+    assert any(choice["finish_reason"] is None for choice in merged)  # in the middle, when it read again
 
 
 async def test_faults_cut_or_stall_streams() -> None:
