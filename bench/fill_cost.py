@@ -2,8 +2,8 @@
 
 The sequences are those an engine's scheduler would hold: N running ones, of which one is an unfinished prompt and
 the others decode, and N/4 prompts in the queue. Timed together are the sum over the decodes, the making of the
-prefill values, and `fill`: in stock order, by deadline, and by deadline with a time budget. For comparison: a step of
-the whole engine model with N decodes, telling milestones only, and telling every token. The best round counts.
+prefill values, and `fill`: in stock order, by deadline, and by deadline with a time budget. For comparison: a step
+of the whole engine model with N decodes, telling milestones only, and telling every token. The best round counts.
 """
 
 from __future__ import annotations

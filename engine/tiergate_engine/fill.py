@@ -36,7 +36,7 @@ class Prefill(NamedTuple):
         admitted: it runs already, so it needs no new slot.
         remaining_s: seconds left to the deadline of its first token; negative when late, infinite without one.
         relegated: its promise is given up: served after all others, whatever the order.
-        revived_blocks: free blocks that a prefix-cache hit takes back into use when it is admitted.
+        revived_blocks: free blocks that a prefix-cache hit takes back into use when it is admitted now.
     """
 
     tokens: int
@@ -112,8 +112,9 @@ def fill(
             continue
         chunks[index] = chunk
         left -= chunk
-        free -= prefill.revived_blocks + new_blocks(prefill.context_tokens, chunk, limits.block_tokens)
+        free -= new_blocks(prefill.context_tokens, chunk, limits.block_tokens)
         if not prefill.admitted:
+            free -= prefill.revived_blocks
             slots -= 1
     return chunks
 

@@ -29,7 +29,7 @@ class LiveSequence:
     Attributes:
         target: KV tokens to have before the next token comes out of its prefill.
         last_step: the count of steps after which its last token is out, while it decodes.
-        chunk: tokens it prefills in the step in flight.
+        chunk: tokens it prefills in the step that is being filled or in flight.
         doomed: aborted while in the step in flight.
     """
 

@@ -271,6 +271,8 @@ class EngineModel:
                 if decode:
                     self._pool.take(blocks)
                 else:
+                    # A preemption may give budget back, but as in vLLM the chunk it made room for stays as it is.
+                    sequence.chunk = tokens
                     reserved += blocks
         return preempted
 
@@ -283,7 +285,7 @@ class EngineModel:
         """Back to the queue, KV gone. `extra_blocks` were taken for the step being filled."""
         self._unseat(sequence, extra_blocks)
         sequence.target = sequence.spec.prompt_tokens + sequence.generated
-        sequence.kv = 0
+        sequence.kv = sequence.chunk = 0
         self.preemptions += 1
         sequence.state = State.WAITING
         self._waiting += 1
@@ -297,7 +299,7 @@ class EngineModel:
         if left <= 0:
             return step
         sequences = list(self._partial)
-        asks = [Prefill(sequence.target - sequence.kv, sequence.kv, admitted=True) for sequence in sequences]
+        asks = [Prefill(s.chunk or s.target - s.kv, s.kv, admitted=True) for s in sequences]
         if admit and self._waiting:
             self._peek_queue(left - sum(ask.tokens for ask in asks), sequences, asks)
         if not asks:
@@ -318,9 +320,9 @@ class EngineModel:
             elif not ask.admitted:
                 heapq.heappush(self._queue, (*self._key(sequence), sequence))
         for sequence, ask, chunk in chosen:
+            sequence.chunk = chunk
             if chunk:
                 self._pool.take(new_blocks(ask.context_tokens, chunk, block))
-                sequence.chunk = chunk
                 self._prefilling.append(sequence)
                 step += Step.chunk(chunk, ask.context_tokens)
         return step
