@@ -125,6 +125,7 @@ class _Regime:
         self.log_ratios = deque(state.log_ratios, maxlen=_KEPT)
         self.errors = deque(state.errors, maxlen=_KEPT)
         self.observations = state.observations
+        self._log_factor = self.log_factor(0.0)
 
 
 class Corrector:

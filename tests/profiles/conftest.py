@@ -12,7 +12,7 @@ from tiergate_engine.step import StepTime
 
 
 class VirtualEngine:
-    """A `profiles.measure.Connection` to the engine model; `overhead_s` is what every answer takes besides steps."""
+    """A `profiles.measure.Connection` to the engine model; answers take `overhead_s` besides their steps."""
 
     def __init__(self, step_time: StepTime, config: EngineConfig, overhead_s: float = 0.0) -> None:
         self._model = EngineModel(config, step_time)
