@@ -182,8 +182,8 @@ def read_headers(status: int, headers: Mapping[str, str]) -> Answer:
         backend=headers.get("x-tiergate-backend"),
         decision=headers.get("x-tiergate-decision"),
         queue_s=_milliseconds(headers, "x-tiergate-queue-ms"),
-        predicted_ttft_s=_milliseconds(headers, "x-tiergate-predicted-ttft-ms"),
-        predicted_tpot_s=_milliseconds(headers, "x-tiergate-predicted-tpot-ms"),
+        predicted_ttft_s=_milliseconds(headers, "x-tiergate-ttft-ms"),
+        predicted_tpot_s=_milliseconds(headers, "x-tiergate-tpot-ms"),
         retry_after_s=_milliseconds(headers, "retry-after-ms"),
         emulated=headers.get("x-tiergate-emulated") == "1",
     )

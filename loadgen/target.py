@@ -59,6 +59,9 @@ class Target:
             raise ValueError(f"the base URL must begin with http:// or https://, not {self.base_url!r}")
         if isinstance(self.prompts, TokenIdPrompts) and self.route is not Route.COMPLETIONS:
             raise ValueError("prompts of token ids need the completions route")
+        for name, value in (("API key", self.api_key or ""), *self.headers.items()):
+            if not value.isascii() or (value and not value.isprintable()):
+                raise ValueError(f"{name} cannot be sent in a header: use plain ASCII")
 
     @property
     def url(self) -> str:

@@ -38,6 +38,8 @@ class TierMix:
         if len(set(names)) != len(names):
             raise WorkloadError(f"tiers: names must differ, got {names}")
         for share in self.shares:
+            if not share.name or not share.name.isascii() or not share.name.isprintable():
+                raise WorkloadError(f"tiers: {share.name!r} cannot be sent in a header: use plain ASCII")
             if not (math.isfinite(share.share) and share.share > 0):
                 raise WorkloadError(f"tiers: the share of {share.name} must be positive, not {share.share!r}")
 

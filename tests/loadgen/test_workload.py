@@ -78,6 +78,8 @@ def test_a_mix_is_read() -> None:
         ("chat=1:0/50", "ttft_s must be a positive number"),
         ("chat=0", "share of chat must be positive"),
         ("chat=1,chat=2", "names must differ"),
+        ("ch\u00e4t=1:1/1", "cannot be sent in a header"),
+        ("a\nb=1:1/1", "cannot be sent in a header"),
     ],
 )
 def test_a_wrong_mix_is_named(text: str, message: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loadgen.search import Goodput, Point
-from loadgen.workload import TierShare, WorkloadError
+from loadgen.target import Lengths, Target
+from loadgen.workload import PlannedRequest, TierShare, WordPrompts, WorkloadError
 from scheduling.tiers import Slo
 from tests.conftest import StartServer
 from tiergate import cli
@@ -54,6 +56,25 @@ def test_a_trace_is_scored_and_written(engine_url: str, tiergate_command: list[s
         assert 1 <= request["output_tokens"] <= 20
         assert request["ttft_s"] > 0
     assert (figures / "slack.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_prompt_has_exactly_its_tokens_for_the_emulated_engine(engine_url: str) -> None:
+    target = Target(engine_url, MODEL, WordPrompts(1), lengths=Lengths.EMULATED, template_tokens=1)
+    for tokens in (2, 100, 5000):
+        body = json.loads(target.body_of(PlannedRequest(0, 0.0, "t", Slo(None, None), tokens, 5)))
+        asked = json.dumps({"model": MODEL, "messages": body["messages"]}).encode()
+        url = engine_url.removesuffix("/v1") + "/tokenize"
+        request = urllib.request.Request(url, asked, {"Content-Type": "application/json"})  # noqa: S310 - loopback
+        with urllib.request.urlopen(request) as answer:  # noqa: S310 - loopback
+            assert json.load(answer)["count"] == tokens
+
+
+def test_a_short_trace_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "short.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,5\n1,5,5\n")
+    options = ["--trace", str(path), "--tiers", "chat=1", "--duration", "20", "--warmup", "0", "--quiet"]
+    assert cli.main(["bench", "--url", "http://127.0.0.1:1/v1", "--model", "m", *options]) == cli.FAILED
+    assert "lasts only" in capsys.readouterr().out
 
 
 def test_a_goodput_search_says_its_runs(engine_url: str, tiergate_command: list[str], tmp_path: Path) -> None:

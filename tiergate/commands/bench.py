@@ -205,6 +205,7 @@ class _Bench:
     def run(self) -> int:
         args = self._args
         _raise_file_limit()
+        self._warn_of_a_short_trace()
         goodput: Goodput | None = None
         if args.goodput:
             goodput, offered = self._search(Bisection(args.low, args.high, args.runs, args.target))
@@ -216,6 +217,18 @@ class _Bench:
         if args.figures is not None:
             self._draw(args.figures, offered.result, goodput)
         return 0 if any(item.finished for item in offered.score.tiers) else 1
+
+    def _warn_of_a_short_trace(self) -> None:
+        """Said beforehand, because a load that ends early has a lower rate than its trace."""
+        if self._trace is None:
+            return
+        fastest = self._args.rate_factor * (self._args.high if self._args.goodput else 1.0)
+        lasts_s = self._trace.duration_s / fastest
+        if lasts_s < self._window.total_s:
+            self._console.print(
+                f"note: what is taken of {self._trace.name} lasts only {lasts_s:,.0f} s at rate factor {fastest:g}, "
+                f"not {self._window.total_s:g} s"
+            )
 
     def _make_target(self) -> Target:
         args = self._args
