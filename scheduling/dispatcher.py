@@ -13,71 +13,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
 from scheduling import events as ev
 from scheduling.backends import BackendState
 from scheduling.decisions import Decision, Outcome, Refusal, RefusalKind
-from scheduling.feasible import Ask, judge, limits_for
+from scheduling.desk import RELEGATED, Counts, Desk
+from scheduling.elastic import Elastic
+from scheduling.feasible import Ask
 from scheduling.fleet import Fleet, is_open
-from scheduling.held import Alarms, HeldQueue, Phase, Ticket
 from scheduling.ledger import Ledger, Resident, expected_output_tokens
 from scheduling.lengths import FixedLength, LengthModel
-from scheduling.load import Cost, LoadVector, ReserveCandidate
-from scheduling.placing import Choice, Look, look
+from scheduling.load import LoadVector
+from scheduling.options import Options
+from scheduling.placing import Choice, Look, candidate_for, look, reason_for
 from scheduling.policies.protocol import Policy, Stage
-from scheduling.predict import walk_prefill
+from scheduling.refusing import at_once, latest_start_s, retry_after_s, too_late
 from scheduling.requests import Request
-from scheduling.shares import Shares
-from scheduling.tiers import OnMiss, Tier, TierSet
+from scheduling.tickets import Phase, Ticket
+from scheduling.tiers import OnMiss, TierSet
 
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The dispatcher's knobs.
-
-    Attributes:
-        handback_period_s: how often tails are looked at; a backend found empty in `handback_checks` of them in
-            a row goes back to the pool (PolyServe §4.3; the period is not in the paper).
-        rebalance_period_s: length of a round in which demand is measured for a fleet without a pool.
-        demand_window_s: how long a tier counts as in demand after a request.
-        max_attempts: backends tried for one request before its first byte.
-        max_store_refusals: times a decision is made again after the store said no, before the request is held.
-        max_held: held requests at most; beyond it the newcomer is refused.
-        cooldown_s: a backend that failed before a first byte rests this long, doubling up to 32 times.
-    """
-
-    handback_period_s: float = 10.0
-    handback_checks: int = 2
-    rebalance_period_s: float = 10.0
-    demand_window_s: float = 30.0
-    max_attempts: int = 3
-    max_store_refusals: int = 2
-    max_held: int = 10_000
-    cooldown_s: float = 0.25
-
-
-@dataclass(slots=True)
-class Counts:
-    """Conservation: arrived = finished + failed + cancelled + refused + held + reserving + open."""
-
-    arrived: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    held: int = 0
-    reserving: int = 0
-    open: int = 0
-
-    @property
-    def conserved(self) -> bool:
-        ended = self.finished + self.failed + self.cancelled + self.refused
-        return self.arrived == ended + self.held + self.reserving + self.open
-
-
-_PHASE_COUNT = {Phase.HELD: "held", Phase.RESERVING: "reserving", Phase.OPEN: "open"}
 _DEFAULT_LENGTH = FixedLength()
 
 
@@ -88,15 +44,10 @@ class Dispatcher:
         self.policy = policy
         self.options = options or Options()
         self.fleet = Fleet(tiers, self.options.demand_window_s)
-        self.counts = Counts()
         self._rng = rng
-        self._tickets: dict[str, Ticket] = {}
-        self._leases: dict[str, Ticket] = {}
-        self._held: dict[str, HeldQueue] = {}
-        self._relegated = HeldQueue()
-        self._alarms = Alarms()
+        self._desk = Desk()
         self._lengths: dict[tuple[str, str], LengthModel] = {}
-        self._shares = Shares()
+        self._elastic = Elastic(self.fleet, self.options.handback_checks)
         self._blocked: set[str] = set()
         self._next_handback_s = math.inf  # set when the first backend comes
         self._next_round_s = math.inf
@@ -123,6 +74,10 @@ class Dispatcher:
         }
 
     @property
+    def counts(self) -> Counts:
+        return self._desk.counts
+
+    @property
     def tiers(self) -> TierSet:
         return self.fleet.tiers
 
@@ -134,7 +89,7 @@ class Dispatcher:
 
     def next_wake_s(self) -> float | None:
         """When TimePassed is wanted next, if nothing else happens; None: not at all."""
-        at_s = self._alarms.next_s()
+        at_s = self._desk.next_alarm_s()
         if self.policy.uses_tiers and len(self.fleet):
             at_s = min(at_s, self._next_handback_s, self._next_round_s)
         if self.counts.held:
@@ -144,15 +99,11 @@ class Dispatcher:
     # --- looking in from outside ---------------------------------------------------------------------------
 
     def held_by_tier(self) -> Mapping[str, int]:
-        held = {tier.name: len(self._held[tier.name]) for tier in self.tiers.tiers if tier.name in self._held}
-        if len(self._relegated):
-            held["(relegated)"] = len(self._relegated)
-        return held
+        return self._desk.held(self.tiers)
 
     def held_requests(self) -> list[Ticket]:
-        """All held, tier by tier; for looking at."""
-        queues = [self._held[tier.name] for tier in self.tiers.tiers if tier.name in self._held]
-        return [ticket for queue in [*queues, self._relegated] for ticket in queue.live()]
+        """All held, queue by queue; for looking at."""
+        return self._desk.waiting()
 
     def own_load(self, backend: str) -> LoadVector:
         """What this replica carries on a backend."""
@@ -171,33 +122,15 @@ class Dispatcher:
             request.slo.deadline_s(request.arrival_s, 0),
         )
         ticket = Ticket(request, tier, ask)
-        if request.request_id in self._tickets:
-            raise AssertionError(f"request {request.request_id} arrived twice")
-        self._tickets[request.request_id] = ticket
-        self.counts.arrived += 1
+        self._desk.arrive(ticket)
         self.fleet.note_demand(tier.name, now_s)
-        if not self._turn_away(ticket, now_s, out):
-            self._place_or_hold(ticket, now_s, out)
         if self.policy.uses_tiers:
-            self._note_share(ticket)
-
-    def _turn_away(self, ticket: Ticket, now_s: float, out: list[ev.Action]) -> bool:
-        """Refuse at once what no waiting can help."""
-        request = ticket.request
-        serving = [ledger for ledger in self.fleet.serving(request.model) if is_open(ledger)]
-        if not serving:
-            message = f"no backend is up for model {request.model!r}"
-            self._refuse(ticket, Refusal(RefusalKind.NO_BACKEND, message, 1.0), now_s, out)
-            return True
-        longest = [ledger.backend.limits.max_model_tokens for ledger in serving]
-        known = [tokens for tokens in longest if tokens is not None]
-        if len(known) == len(longest) and request.prompt_tokens >= max(known):
-            message = (
-                f"the prompt has {request.prompt_tokens} tokens; the longest any backend takes is {max(known)}"
-            )
-            self._refuse(ticket, Refusal(RefusalKind.TOO_LONG, message), now_s, out)
-            return True
-        return False
+            self._elastic.note_demand(ticket)
+        refusal = at_once(ticket, self.fleet)
+        if refusal is not None:
+            self._refuse(ticket, refusal, now_s, out)
+        else:
+            self._place_or_hold(ticket, now_s, out)
 
     def _place_or_hold(self, ticket: Ticket, now_s: float, out: list[ev.Action]) -> None:
         found = self._look(ticket, now_s)
@@ -205,14 +138,16 @@ class Dispatcher:
             self._reserve(ticket, found.choice, found, now_s, out)
             return
         if not ticket.relegated:
-            until_s = self._latest_start_s(ticket, now_s)
+            until_s = latest_start_s(ticket, self.fleet, now_s)
             if until_s <= now_s:
                 self._give_up_promise(ticket, found, now_s, out)
                 return
             ticket.until_s = until_s
         if self.counts.held >= self.options.max_held:
             message = f"{self.counts.held} requests are held already"
-            self._refuse(ticket, Refusal(RefusalKind.SATURATED, message, self._retry_after_s(ticket)), now_s, out)
+            self._refuse(
+                ticket, Refusal(RefusalKind.SATURATED, message, self._retry_after_s(ticket, now_s)), now_s, out
+            )
             return
         self._hold(ticket, found, now_s, out)
 
@@ -230,60 +165,17 @@ class Dispatcher:
         if claim is not None:
             reason = f"{reason}; taking {claim.backend} for tier {claim.tier}"
         decision = self._decide(ticket, outcome, reason, None, found, now_s)
-        self._move(ticket, Phase.HELD)
-        queue = self._queue_of(ticket)
-        queue.push(self.policy.held_key(ticket.request), ticket)
-        self._alarms.set(ticket.until_s, ticket)
+        self._desk.hold(ticket, self.policy.held_key(ticket.request))
         out.append(ev.Hold(ticket.request.request_id, ticket.until_s, decision))
         if claim is not None:
             out.append(claim)
-
-    def _queue_of(self, ticket: Ticket) -> HeldQueue:
-        if ticket.relegated:
-            return self._relegated
-        return self._held.setdefault(ticket.tier.name, HeldQueue())
-
-    def _latest_start_s(self, ticket: Ticket, now_s: float) -> float:
-        """When it must start at the latest, on an idle backend, to make its first token."""
-        due_s = ticket.ask.ttft_due_s
-        if math.isinf(due_s):
-            return math.inf
-        service_s = min(
-            (
-                walk_prefill(Ledger(ledger.backend), ticket.request, now_s, math.inf).total_s
-                * ledger.backend.margin
-                for ledger in self._some_serving(ticket.request.model)
-                if ledger.backend.calibrated
-            ),
-            default=0.0,
-        )
-        return due_s - service_s
-
-    def _some_serving(self, model: str, most: int = 4) -> list[Ledger]:
-        """A few open backends of a model: the fleet's engines are few kinds."""
-        chosen: list[Ledger] = []
-        for ledger in self.fleet.serving(model):
-            if is_open(ledger):
-                chosen.append(ledger)
-                if len(chosen) == most:
-                    break
-        return chosen
 
     def _give_up_promise(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
         """Its first token cannot be on time any more: refuse, or serve with what is left."""
         request = ticket.request
         if request.slo_stated and ticket.tier.on_miss is OnMiss.REFUSE:
-            waited_s = now_s - request.arrival_s
-            hopeless = waited_s < 1e-3
-            kind = RefusalKind.TOO_LATE if hopeless else RefusalKind.SATURATED
-            retry_s = None if hopeless else self._retry_after_s(ticket)
-            promise_ms = (request.slo.ttft_s or 0.0) * 1e3
-            message = (
-                f"the first token cannot come within {promise_ms:.0f} ms even from an idle backend"
-                if hopeless
-                else f"nothing became free within the {promise_ms:.0f} ms to the first token: {found.why()}"
-            )
-            self._refuse(ticket, Refusal(kind, message, retry_s), now_s, out, found)
+            refusal = too_late(ticket, found, self._retry_after_s(ticket, now_s), now_s)
+            self._refuse(ticket, refusal, now_s, out, found)
             return
         ticket.relegated = True
         ticket.until_s = math.inf
@@ -299,36 +191,18 @@ class Dispatcher:
         ledger = choice.ledger
         ticket.attempts += 1
         lease_id = f"{request.request_id}#{ticket.attempts}"
-        tpot_s = ticket.ask.own_tpot_s
-        seqs = request.sequences
-        cost = Cost(
-            decodes=seqs,
-            peak_kv_tokens=int((request.prompt_tokens + ticket.ask.output_tokens) * seqs),
-            prefill_tokens=max(request.prompt_tokens - request.cached_tokens, 1) * seqs,
-            tier=request.tier,
-            tpot_ms=tpot_s * 1e3,
-        )
-        candidate = ReserveCandidate(
-            ledger.backend.name,
-            cost,
-            limits_for(ledger, ticket.ask, choice.judged),
-            choice.judged.pace_s * 1e3,
-            ledger.epoch,
-        )
+        candidate = candidate_for(choice, ticket.ask)
         guest = choice.outcome is Outcome.PROMOTED
-        resident = Resident(lease_id, request, cost, self._lengths_of(request), now_s, guest=guest)
+        resident = Resident(lease_id, request, candidate.cost, self._lengths_of(request), now_s, guest=guest)
         resident.lost = ticket.relegated
         if choice.judged.prefill is not None:
             resident.expected_first_s = now_s + choice.judged.prefill.service_s
         ledger.place(resident, now_s)
         self.fleet.reorder(ledger)
-        ticket.lease_id = lease_id
-        ticket.backend = ledger.backend.name
         ticket.resident = resident
         outcome = Outcome.RELEGATED if ticket.relegated else choice.outcome
-        decision = self._decide(ticket, outcome, _reason(outcome, choice), ledger.backend.name, found, now_s)
-        self._leases[lease_id] = ticket
-        self._move(ticket, Phase.RESERVING)
+        decision = self._decide(ticket, outcome, reason_for(outcome, choice), ledger.backend.name, found, now_s)
+        self._desk.lease(ticket, lease_id, ledger.backend.name)
         out.append(ev.Reserve(request.request_id, lease_id, (candidate,), decision))
 
     def _decide(
@@ -351,40 +225,29 @@ class Dispatcher:
         self, ticket: Ticket, refusal: Refusal, now_s: float, out: list[ev.Action], found: Look | None = None
     ) -> None:
         decision = self._decide(ticket, Outcome.REFUSED, refusal.message, None, found, now_s)
-        self._finish(ticket)
-        self.counts.refused += 1
+        self._desk.refuse(ticket)
         out.append(ev.Refuse(ticket.request.request_id, refusal, decision))
 
-    def _retry_after_s(self, ticket: Ticket) -> float:
-        """Predicted seconds until one more of its kind fits: the first end on a backend it may use, once for
-        every request held before it there."""
-        soonest_s = math.inf
-        backends = 0
-        for ledger in self._some_serving(ticket.request.model, most=16):
-            if self.policy.stage_on(ticket.tier, ledger, self.fleet, 0.0) is None:
-                continue
-            backends += 1
-            tokens = ledger.first_end_tokens()
-            soonest_s = min(soonest_s, (tokens or 1.0) * ledger.floor_s)
-        if math.isinf(soonest_s):
-            return 1.0
-        ahead = len(self._held.get(ticket.tier.name, ()))
-        return soonest_s * (1 + ahead / backends)
+    def _retry_after_s(self, ticket: Ticket, now_s: float) -> float:
+        held = self._desk.queued(ticket.tier.name)
+        return retry_after_s(ticket, self.policy, self.fleet, held, now_s)
+
+    def _claim_for(self, ticket: Ticket, now_s: float) -> ev.Claim | None:
+        return self._elastic.claim_for(ticket, now_s) if self.policy.uses_tiers else None
 
     # --- the store's answers -------------------------------------------------------------------------------
 
     def _reserved(self, event: ev.Reserved, now_s: float, out: list[ev.Action]) -> None:
-        ticket = self._leases.get(event.lease_id)
+        ticket = self._desk.of_lease(event.lease_id)
         if ticket is None or ticket.phase is not Phase.RESERVING:
             out.append(ev.Release(event.lease_id, event.backend))
             return
         if ticket.gone:
             self._leave(ticket, now_s, out, released=True)
-            self._finish(ticket)
-            self.counts.cancelled += 1
+            self._desk.end(ticket, ev.EndKind.CANCELLED)
             return
         assert ticket.decision is not None
-        self._move(ticket, Phase.OPEN)
+        self._desk.opened(ticket)
         out.append(
             ev.Open(
                 ticket.request.request_id,
@@ -398,29 +261,27 @@ class Dispatcher:
     def _reserve_refused(self, event: ev.ReserveRefused, now_s: float, out: list[ev.Action]) -> None:
         for name, foreign in event.foreign.items():
             self._set_foreign(name, foreign, now_s)
-        ticket = self._leases.get(event.lease_id)
+        ticket = self._desk.of_lease(event.lease_id)
         if ticket is None:
             return
         self._leave(ticket, now_s, out, released=False)
         if ticket.gone:
-            self._finish(ticket)
-            self.counts.cancelled += 1
+            self._desk.end(ticket, ev.EndKind.CANCELLED)
             return
         ticket.store_refusals += 1
         if ticket.store_refusals <= self.options.max_store_refusals:
             self._place_or_hold(ticket, now_s, out)
         else:
             ticket.store_refusals = 0
-            ticket.until_s = self._latest_start_s(ticket, now_s)
+            ticket.until_s = latest_start_s(ticket, self.fleet, now_s)
             self._hold(ticket, Look(None, (), 0, {}), now_s, out)
 
     def _leave(self, ticket: Ticket, now_s: float, out: list[ev.Action], *, released: bool) -> Ledger | None:
         """Take a ticket's resident off its backend; `released`: the store has to be told too."""
-        lease_id, name = ticket.lease_id, ticket.backend
-        if lease_id is None or name is None:
+        leased = self._desk.unlease(ticket)
+        if leased is None:
             return None
-        self._leases.pop(lease_id, None)
-        ticket.lease_id = ticket.backend = ticket.resident = None
+        lease_id, name = leased
         if released:
             out.append(ev.Release(lease_id, name))
         ledger = self.fleet.get(name)
@@ -431,17 +292,15 @@ class Dispatcher:
     # --- the stream's life ---------------------------------------------------------------------------------
 
     def _open_failed(self, event: ev.OpenFailed, now_s: float, out: list[ev.Action]) -> None:
-        ticket = self._leases.get(event.lease_id)
+        ticket = self._desk.of_lease(event.lease_id)
         if ticket is None:
             return
         name = ticket.backend
         ledger = self._leave(ticket, now_s, out, released=True)
         if ticket.gone:
-            self._finish(ticket)
-            self.counts.cancelled += 1
+            self._desk.end(ticket, ev.EndKind.CANCELLED)
         elif not event.retryable:
-            self._finish(ticket)
-            self.counts.failed += 1
+            self._desk.end(ticket, ev.EndKind.FAILED)
         else:
             if ledger is not None:
                 self._rest(ledger, now_s)
@@ -469,7 +328,7 @@ class Dispatcher:
         self._blocked.add(ledger.backend.name)
 
     def _first_token(self, event: ev.FirstToken, now_s: float, out: list[ev.Action]) -> None:
-        ticket = self._leases.get(event.lease_id)
+        ticket = self._desk.of_lease(event.lease_id)
         if ticket is None or ticket.backend is None:
             return
         ledger = self.fleet.get(ticket.backend)
@@ -500,50 +359,27 @@ class Dispatcher:
             self._offer(ledger, now_s, out)
 
     def _ended(self, event: ev.Ended, now_s: float, out: list[ev.Action]) -> None:
-        ticket = self._leases.get(event.lease_id)
+        ticket = self._desk.of_lease(event.lease_id)
         if ticket is None:
             return
         ledger = self._leave(ticket, now_s, out, released=True)
-        self._finish(ticket)
-        if event.kind is ev.EndKind.FINISHED:
-            self.counts.finished += 1
-        elif event.kind is ev.EndKind.FAILED:
-            self.counts.failed += 1
-        else:
-            self.counts.cancelled += 1
+        self._desk.end(ticket, event.kind)
         if ledger is not None and self.counts.held:
             self._offer(ledger, now_s, out)
 
     def _cancelled(self, event: ev.Cancelled, now_s: float, out: list[ev.Action]) -> None:
-        ticket = self._tickets.get(event.request_id)
+        ticket = self._desk.of_request(event.request_id)
         if ticket is None:
             return
         if ticket.phase is Phase.HELD:
-            self._finish(ticket)
-            self.counts.cancelled += 1
+            self._desk.end(ticket, ev.EndKind.CANCELLED)
         elif ticket.phase is Phase.RESERVING:
             ticket.gone = True  # the store's answer is on its way; it ends the lease
         else:
             ledger = self._leave(ticket, now_s, out, released=True)
-            self._finish(ticket)
-            self.counts.cancelled += 1
+            self._desk.end(ticket, ev.EndKind.CANCELLED)
             if ledger is not None and self.counts.held:
                 self._offer(ledger, now_s, out)
-
-    def _move(self, ticket: Ticket, phase: Phase) -> None:
-        before = _PHASE_COUNT.get(ticket.phase)
-        if before is not None:
-            setattr(self.counts, before, getattr(self.counts, before) - 1)
-        if ticket.phase is Phase.HELD:
-            self._queue_of(ticket).left()
-        ticket.move(phase)
-        after = _PHASE_COUNT.get(phase)
-        if after is not None:
-            setattr(self.counts, after, getattr(self.counts, after) + 1)
-
-    def _finish(self, ticket: Ticket) -> None:
-        self._move(ticket, Phase.DONE)
-        del self._tickets[ticket.request.request_id]
 
     # --- held requests -------------------------------------------------------------------------------------
 
@@ -551,16 +387,12 @@ class Dispatcher:
         """A backend got better: try the heads of the queues on it, tight to loose, then the relegated."""
         if not self.counts.held or not is_open(ledger) or now_s < ledger.blocked_until_s:
             return
-        for tier in self.tiers.tiers:
-            queue = self._held.get(tier.name)
+        for name in [*(tier.name for tier in self.tiers.tiers), RELEGATED]:
+            queue = self._desk.queue(name)
             while queue:
                 ticket = queue.head()
                 if ticket is None or not self._try_on(ticket, ledger, now_s, out):
                     break
-        while len(self._relegated):
-            ticket = self._relegated.head()
-            if ticket is None or not self._try_on(ticket, ledger, now_s, out):
-                break
 
     def _try_on(self, ticket: Ticket, ledger: Ledger, now_s: float, out: list[ev.Action]) -> bool:
         stage = self._stage_on(ticket, ledger, now_s)
@@ -584,12 +416,12 @@ class Dispatcher:
             self._offer(ledger, now_s, out)
 
     def _time_passed(self, event: ev.TimePassed, now_s: float, out: list[ev.Action]) -> None:
-        for ticket in self._alarms.due(now_s):
+        for ticket in self._desk.due(now_s):
             found = self._look(ticket, now_s)
             if found.choice is not None:
                 self._reserve(ticket, found.choice, found, now_s, out)
             else:
-                self._unhold(ticket)
+                self._desk.unhold(ticket)
                 self._give_up_promise(ticket, found, now_s, out)
         for name in [name for name in self._blocked if self.fleet[name].blocked_until_s <= now_s]:
             self._blocked.discard(name)
@@ -598,48 +430,17 @@ class Dispatcher:
             return
         if now_s >= self._next_handback_s:
             self._next_handback_s = now_s + self.options.handback_period_s
-            self._look_at_tails(out)
+            out.extend(self._elastic.tails())
         if now_s >= self._next_round_s:
             self._next_round_s = now_s + self.options.rebalance_period_s
-            self._rebalance(out)
-
-    def _unhold(self, ticket: Ticket) -> None:
-        """Take a ticket out of its queue before its promise (and so its queue) changes."""
-        self._queue_of(ticket).left()
-        self.counts.held -= 1
-        ticket.phase = Phase.NEW
+            claim = self._elastic.rebalance()
+            if claim is not None:
+                out.append(claim)
 
     # --- tiers and the pool --------------------------------------------------------------------------------
 
-    def _claim_for(self, ticket: Ticket, now_s: float) -> ev.Claim | None:
-        """A backend for a tier that starts holding: from the pool, or, for a tier that has none at all, from
-        the largest holder (PolyServe §4.3; small fleets: design §4)."""
-        if not self.policy.uses_tiers:
-            return None
-        tier = ticket.tier
-        if any(ledger.claiming_for == tier.name for ledger in self.fleet):
-            return None
-        for ledger in self.fleet.pool():
-            if not is_open(ledger) or now_s < ledger.blocked_until_s or ledger.backend.name in ticket.excluded:
-                continue
-            if not ledger.backend.serves(ticket.request.model):
-                continue
-            judged = judge(ledger, ticket.ask, tier.host_tpot_s, now_s)
-            if judged.feasible:
-                return self._claim(ledger, tier, f"tier {tier.name} holds requests; {ledger.backend.name} is free")
-        if self.fleet.tier_size(tier.name):
-            return None
-        taken = self.fleet.to_relabel(tier, ticket.request.model)
-        if taken is None:
-            return None
-        return self._claim(taken, tier, f"tier {tier.name} has no backend; {taken.tier} holds the most")
-
-    def _claim(self, ledger: Ledger, tier: Tier, reason: str) -> ev.Claim:
-        ledger.claiming_for = tier.name
-        return ev.Claim(ledger.backend.name, tier.name, ledger.epoch, reason)
-
     def _claimed(self, event: ev.Claimed, now_s: float, out: list[ev.Action]) -> None:
-        self._settle(event.backend, event.tier, event.epoch, now_s)
+        self._elastic.settle(event.backend, event.tier, event.epoch, now_s)
         ledger = self.fleet.get(event.backend)
         if ledger is None:
             return
@@ -647,24 +448,15 @@ class Dispatcher:
         self._claim_for_head(event.tier, now_s, out)
 
     def _claim_refused(self, event: ev.ClaimRefused, now_s: float, out: list[ev.Action]) -> None:
-        wanted = self._settle(event.backend, event.tier, event.epoch, now_s)
+        wanted = self._elastic.settle(event.backend, event.tier, event.epoch, now_s)
         ledger = self.fleet.get(event.backend)
         if ledger is not None and ledger.tier is not None:
             self._offer(ledger, now_s, out)
         if wanted is not None:
             self._claim_for_head(wanted, now_s, out)
 
-    def _settle(self, backend: str, tier: str | None, epoch: int, now_s: float) -> str | None:
-        """A claim was answered: what it was wanted for."""
-        ledger = self.fleet.get(backend)
-        if ledger is None:
-            return None
-        wanted, ledger.claiming_for = ledger.claiming_for, None
-        self.fleet.set_membership(backend, tier, epoch, now_s)
-        return wanted
-
     def _claim_for_head(self, tier: str, now_s: float, out: list[ev.Action]) -> None:
-        queue = self._held.get(tier)
+        queue = self._desk.queue(tier)
         ticket = queue.head() if queue else None
         if ticket is not None:
             claim = self._claim_for(ticket, now_s)
@@ -672,57 +464,12 @@ class Dispatcher:
                 out.append(claim)
 
     def _handed_back(self, event: ev.HandedBack, now_s: float, out: list[ev.Action]) -> None:
-        self._settle(event.backend, None, event.epoch, now_s)
+        self._elastic.settle(event.backend, None, event.epoch, now_s)
         for tier in self.tiers.tiers:
             self._claim_for_head(tier.name, now_s, out)
 
     def _hand_back_refused(self, event: ev.HandBackRefused, now_s: float, out: list[ev.Action]) -> None:
-        self._settle(event.backend, event.tier, event.epoch, now_s)
-
-    def _look_at_tails(self, out: list[ev.Action]) -> None:
-        """Return what has been empty at two looks in a row: the gradient empties the tail first."""
-        for ledger in self.fleet:
-            if ledger.tier is None or ledger.backend.pinned or ledger.claiming_for is not None:
-                continue
-            if not ledger.idle:
-                ledger.empty_checks = 0
-                continue
-            ledger.empty_checks += 1
-            if ledger.empty_checks >= self.options.handback_checks:
-                ledger.empty_checks = 0
-                out.append(ev.HandBack(ledger.backend.name, ledger.epoch))
-
-    def _note_share(self, ticket: Ticket) -> None:
-        """How much of a backend's time the request will take: its part of each step it lives through."""
-        request = ticket.request
-        for ledger in self._some_serving(request.model, most=1):
-            step_time = ledger.backend.step_time
-            prompt = request.prompt_tokens * request.sequences
-            alone_s = step_time.decode_seconds(1, prompt)
-            more_s = step_time.decode_seconds(33, 33 * prompt) - alone_s
-            prefill_s = step_time.seconds_of(prompt, 1, 0, prompt * prompt / 2, 0, 0)
-            pace_s = min(ticket.ask.own_tpot_s, 10 * alone_s)
-            batch = max(min((pace_s - alone_s) / max(more_s / 32, 1e-9), 256.0), 1.0)
-            decode_s = (
-                ticket.ask.output_tokens * request.sequences * min(pace_s, alone_s + more_s / 32 * batch) / batch
-            )
-            self._shares.add(ticket.tier.name, prefill_s + decode_s)
-
-    def _rebalance(self, out: list[ev.Action]) -> None:
-        """Without a pool, labels follow demand; residents stay and drain under their own promises."""
-        if self.fleet.pool():
-            self._shares.close_round({}, ())
-            return
-        order = [tier.name for tier in self.tiers.tiers]
-        move = self._shares.close_round({name: self.fleet.tier_size(name) for name in order}, order)
-        if move is None:
-            return
-        for ledger in reversed(self.fleet.in_tier(move.giver)):
-            if is_open(ledger) and not ledger.backend.pinned and ledger.claiming_for is None:
-                out.append(
-                    self._claim(ledger, self.tiers[move.taker], f"demand moved from {move.giver} to {move.taker}")
-                )
-                return
+        self._elastic.settle(event.backend, event.tier, event.epoch, now_s)
 
     # --- backends and policy -------------------------------------------------------------------------------
 
@@ -750,16 +497,14 @@ class Dispatcher:
 
     def _tiers_changed(self, event: ev.TiersChanged, now_s: float, out: list[ev.Action]) -> None:
         """Promises already given stand; held requests of a tier that is gone wait as the default tier's."""
-        gone = [name for name in self._held if name not in event.tiers]
         self.fleet.set_tiers(event.tiers)
-        for name in gone:
-            default = event.tiers[event.tiers.default]
-            for ticket in self._held[name].live():
-                self._unhold(ticket)
+        default = event.tiers[event.tiers.default]
+        for name in self._desk.gone_tiers(event.tiers):
+            queue = self._desk.queue(name)
+            for ticket in queue.live() if queue else ():
+                self._desk.unhold(ticket)
                 ticket.tier = default
-                ticket.phase = Phase.NEW
                 self._place_or_hold(ticket, now_s, out)
-            del self._held[name]
         self._offer_all(now_s, out)
 
     def _lengths_changed(self, event: ev.LengthsChanged, now_s: float, out: list[ev.Action]) -> None:
@@ -780,16 +525,3 @@ class Dispatcher:
             ledger.foreign = foreign
             ledger.refresh(now_s)
             self.fleet.reorder(ledger)
-
-
-def _reason(outcome: Outcome, choice: Choice) -> str:
-    name = choice.ledger.backend.name
-    if outcome is Outcome.OWN_TIER:
-        return f"{name} is the highest-loaded backend of its tier that keeps every promise"
-    if outcome is Outcome.PROMOTED:
-        return f"its own tier is full; {name} of the tighter tier {choice.ledger.tier} keeps every promise"
-    if outcome is Outcome.SHARED:
-        return f"its tier has no backend; it lives on {name} of tier {choice.ledger.tier}, which keeps its pace"
-    if outcome is Outcome.RELEGATED:
-        return f"its own promise cannot be kept any more; {name} has room left"
-    return f"{name} is next by the policy's order"

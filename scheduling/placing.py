@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from scheduling.backends import BackendState
 from scheduling.decisions import Candidate, Outcome, Verdict
-from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge
+from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge, limits_for
 from scheduling.ledger import Ledger
+from scheduling.load import Cost, ReserveCandidate
 from scheduling.policies.protocol import Admission, Stage
 from scheduling.predict import steady_step_s, walk_prefill
 
@@ -115,3 +116,32 @@ def _found(seen: list[tuple[Ledger, Verdict, Judgement | None]], choice: Choice 
         for ledger, verdict, judged in named
     )
     return Look(choice, candidates, len(seen), verdicts)
+
+
+def candidate_for(choice: Choice, ask: Ask) -> ReserveCandidate:
+    """What the store is asked for: the newcomer's cost, and the limits within which the choice stays right."""
+    request, ledger = ask.request, choice.ledger
+    seqs = request.sequences
+    cost = Cost(
+        decodes=seqs,
+        peak_kv_tokens=int((request.prompt_tokens + ask.output_tokens) * seqs),
+        prefill_tokens=max(request.prompt_tokens - request.cached_tokens, 1) * seqs,
+        tier=request.tier,
+        tpot_ms=ask.own_tpot_s * 1e3,
+    )
+    limits = limits_for(ledger, ask, choice.judged)
+    return ReserveCandidate(ledger.backend.name, cost, limits, choice.judged.pace_s * 1e3, ledger.epoch)
+
+
+def reason_for(outcome: Outcome, choice: Choice) -> str:
+    """The decision in words."""
+    name = choice.ledger.backend.name
+    if outcome is Outcome.OWN_TIER:
+        return f"{name} is the highest-loaded backend of its tier that keeps every promise"
+    if outcome is Outcome.PROMOTED:
+        return f"its own tier is full; {name} of the tighter tier {choice.ledger.tier} keeps every promise"
+    if outcome is Outcome.SHARED:
+        return f"its tier has no backend; it lives on {name} of tier {choice.ledger.tier}, which keeps its pace"
+    if outcome is Outcome.RELEGATED:
+        return f"its own promise cannot be kept any more; {name} has room left"
+    return f"{name} is next by the policy's order"

@@ -12,7 +12,8 @@ from gateway.config import ConfigError, Settings, tier_set, unknown
 from gateway.learning import Learned
 from gateway.tokens import FileTokenizer, TokenCounter
 from profiles import ProfileError, load
-from scheduling.dispatcher import Dispatcher, Options
+from scheduling.dispatcher import Dispatcher
+from scheduling.options import Options
 from scheduling.policies import POLICIES, make
 from state.memory import MemoryStore
 

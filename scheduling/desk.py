@@ -1,0 +1,208 @@
+"""All tickets of a replica: who waits, who has a lease, and how many there are of each.
+
+Every move of a ticket from one phase to the next happens here, so the counts cannot drift from the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from scheduling.events import EndKind
+from scheduling.tickets import Phase, Ticket
+from scheduling.tiers import TierSet
+
+RELEGATED = "(relegated)"
+"""Name of the queue of those whose promise was given up."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Conservation: arrived = finished + failed + cancelled + refused + held + reserving + open."""
+
+    arrived: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    held: int = 0
+    reserving: int = 0
+    open: int = 0
+
+    @property
+    def conserved(self) -> bool:
+        ended = self.finished + self.failed + self.cancelled + self.refused
+        return self.arrived == ended + self.held + self.reserving + self.open
+
+
+class Queue:
+    """A heap of held tickets. An entry whose wait is over is skipped when it surfaces; `len` counts the live."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Ticket]] = []
+        self._live = 0
+
+    def __len__(self) -> int:
+        return self._live
+
+    def push(self, key: float, number: int, ticket: Ticket) -> None:
+        heappush(self._heap, (key, number, ticket))
+        self._live += 1
+
+    def left(self) -> None:
+        """One of its tickets is held no longer."""
+        self._live -= 1
+        if not self._live:
+            self._heap.clear()
+
+    def head(self) -> Ticket | None:
+        heap = self._heap
+        while heap:
+            if _waits(heap[0]):
+                return heap[0][2]
+            heappop(heap)
+        return None
+
+    def live(self) -> list[Ticket]:
+        """All of them in order; for looking at, not for deciding."""
+        return [entry[2] for entry in sorted(self._heap) if _waits(entry)]
+
+
+def _waits(entry: tuple[float, int, Ticket]) -> bool:
+    _, number, ticket = entry
+    return ticket.phase is Phase.HELD and ticket.held_number == number
+
+
+class Desk:
+    """Tickets by request and by lease, queues by tier, and the alarms that end waits."""
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self._requests: dict[str, Ticket] = {}
+        self._leases: dict[str, Ticket] = {}
+        self._queues: dict[str, Queue] = {}
+        self._alarms: list[tuple[float, int, Ticket]] = []
+        self._waits = 0
+
+    # --- finding -------------------------------------------------------------------------------------------
+
+    def of_request(self, request_id: str) -> Ticket | None:
+        return self._requests.get(request_id)
+
+    def of_lease(self, lease_id: str) -> Ticket | None:
+        return self._leases.get(lease_id)
+
+    def queue(self, name: str) -> Queue | None:
+        """A tier's queue, or that of the RELEGATED; None when nobody ever waited in it."""
+        return self._queues.get(name)
+
+    def queued(self, name: str) -> int:
+        queue = self._queues.get(name)
+        return len(queue) if queue is not None else 0
+
+    def held(self, tiers: TierSet) -> Mapping[str, int]:
+        """How many wait, by tier (and RELEGATED), for queues that were ever used."""
+        names = [tier.name for tier in tiers.tiers]
+        return {name: len(self._queues[name]) for name in [*names, RELEGATED] if name in self._queues}
+
+    def waiting(self) -> list[Ticket]:
+        """All who wait, queue by queue; for looking at."""
+        return [ticket for queue in self._queues.values() for ticket in queue.live()]
+
+    def gone_tiers(self, tiers: TierSet) -> list[str]:
+        """Names of queues whose tier is no more."""
+        return [name for name in self._queues if name != RELEGATED and name not in tiers]
+
+    # --- moving --------------------------------------------------------------------------------------------
+
+    def arrive(self, ticket: Ticket) -> None:
+        request_id = ticket.request.request_id
+        if request_id in self._requests:
+            raise AssertionError(f"request {request_id} arrived twice")
+        self._requests[request_id] = ticket
+        self.counts.arrived += 1
+
+    def hold(self, ticket: Ticket, key: float) -> None:
+        """Into its queue, until `ticket.until_s`."""
+        self._move(ticket, Phase.HELD)
+        self._waits += 1
+        ticket.held_number = self._waits
+        self._queues.setdefault(_queue_name(ticket), Queue()).push(key, self._waits, ticket)
+        if math.isfinite(ticket.until_s):
+            heappush(self._alarms, (ticket.until_s, self._waits, ticket))
+
+    def unhold(self, ticket: Ticket) -> None:
+        """Out of its queue, before its promise or tier (and so its queue) changes."""
+        self._move(ticket, Phase.NEW)
+
+    def lease(self, ticket: Ticket, lease_id: str, backend: str) -> None:
+        self._move(ticket, Phase.RESERVING)
+        ticket.lease_id = lease_id
+        ticket.backend = backend
+        self._leases[lease_id] = ticket
+
+    def opened(self, ticket: Ticket) -> None:
+        self._move(ticket, Phase.OPEN)
+
+    def unlease(self, ticket: Ticket) -> tuple[str, str] | None:
+        """Its lease and backend, which are its no more; None when it had none."""
+        lease_id, backend = ticket.lease_id, ticket.backend
+        if lease_id is None or backend is None:
+            return None
+        del self._leases[lease_id]
+        ticket.lease_id = ticket.backend = ticket.resident = None
+        return lease_id, backend
+
+    def refuse(self, ticket: Ticket) -> None:
+        self._finish(ticket)
+        self.counts.refused += 1
+
+    def end(self, ticket: Ticket, kind: EndKind) -> None:
+        self._finish(ticket)
+        if kind is EndKind.FINISHED:
+            self.counts.finished += 1
+        elif kind is EndKind.FAILED:
+            self.counts.failed += 1
+        else:
+            self.counts.cancelled += 1
+
+    def _finish(self, ticket: Ticket) -> None:
+        self._move(ticket, Phase.DONE)
+        del self._requests[ticket.request.request_id]
+
+    def _move(self, ticket: Ticket, phase: Phase) -> None:
+        self._count(ticket.phase, -1)
+        if ticket.phase is Phase.HELD:
+            self._queues[_queue_name(ticket)].left()
+        ticket.move(phase)
+        self._count(phase, 1)
+
+    def _count(self, phase: Phase, change: int) -> None:
+        if phase is Phase.HELD:
+            self.counts.held += change
+        elif phase is Phase.RESERVING:
+            self.counts.reserving += change
+        elif phase is Phase.OPEN:
+            self.counts.open += change
+
+    # --- alarms --------------------------------------------------------------------------------------------
+
+    def next_alarm_s(self) -> float:
+        """When the next wait ends; infinity when none does."""
+        alarms = self._alarms
+        while alarms and not _waits(alarms[0]):
+            heappop(alarms)
+        return alarms[0][0] if alarms else math.inf
+
+    def due(self, now_s: float) -> list[Ticket]:
+        """Those whose wait ends by now. They still count as held."""
+        due: list[Ticket] = []
+        while self.next_alarm_s() <= now_s:
+            due.append(heappop(self._alarms)[2])
+        return due
+
+
+def _queue_name(ticket: Ticket) -> str:
+    return RELEGATED if ticket.relegated else ticket.tier.name

@@ -1,0 +1,112 @@
+"""Which tier a backend works for: taken from the pool, relabelled, handed back.
+
+PolyServe §4.3: a tier that begins to hold takes a backend; a tail that stays empty is returned. Fleets without a
+pool follow demand instead (`scheduling.shares`), and a tier in demand that has no backend takes one from the
+largest holder; only newcomers obey a new label, residents drain under their own promises.
+"""
+
+from __future__ import annotations
+
+from scheduling import events as ev
+from scheduling.feasible import judge
+from scheduling.fleet import Fleet, is_open
+from scheduling.ledger import Ledger
+from scheduling.shares import Shares
+from scheduling.tickets import Ticket
+from scheduling.tiers import Tier
+
+
+class Elastic:
+    """Proposes claims and hand-backs; the store decides, `settle` takes the answer."""
+
+    def __init__(self, fleet: Fleet, handback_checks: int) -> None:
+        self._fleet = fleet
+        self._handback_checks = handback_checks
+        self._shares = Shares()
+
+    def claim_for(self, ticket: Ticket, now_s: float) -> ev.Claim | None:
+        """A backend for a tier that starts holding: from the pool, or, for a tier that has none at all, from
+        the largest holder. One claim a tier at a time."""
+        fleet, tier = self._fleet, ticket.tier
+        if any(ledger.claiming_for == tier.name for ledger in fleet):
+            return None
+        for ledger in fleet.pool():
+            if not is_open(ledger) or now_s < ledger.blocked_until_s or ledger.backend.name in ticket.excluded:
+                continue
+            if not ledger.backend.serves(ticket.request.model):
+                continue
+            if judge(ledger, ticket.ask, tier.host_tpot_s, now_s).feasible:
+                return _claim(ledger, tier, f"tier {tier.name} holds requests; {ledger.backend.name} is free")
+        if fleet.tier_size(tier.name):
+            return None
+        taken = fleet.to_relabel(tier, ticket.request.model)
+        if taken is None:
+            return None
+        return _claim(taken, tier, f"tier {tier.name} has no backend; {taken.tier} holds the most")
+
+    def settle(self, backend: str, tier: str | None, epoch: int, now_s: float) -> str | None:
+        """The store answered a claim or a hand-back: the tier it was wanted for, if any."""
+        ledger = self._fleet.get(backend)
+        if ledger is None:
+            return None
+        wanted, ledger.claiming_for = ledger.claiming_for, None
+        self._fleet.set_membership(backend, tier, epoch, now_s)
+        return wanted
+
+    def tails(self) -> list[ev.HandBack]:
+        """What has been empty at several looks in a row: the gradient empties the tail first."""
+        back: list[ev.HandBack] = []
+        for ledger in self._fleet:
+            if ledger.tier is None or ledger.backend.pinned or ledger.claiming_for is not None:
+                continue
+            if not ledger.idle:
+                ledger.empty_checks = 0
+                continue
+            ledger.empty_checks += 1
+            if ledger.empty_checks >= self._handback_checks:
+                ledger.empty_checks = 0
+                back.append(ev.HandBack(ledger.backend.name, ledger.epoch))
+        return back
+
+    def note_demand(self, ticket: Ticket) -> None:
+        """A request of the tier came: note how much of a backend's time it will take.
+
+        Its prefill, and its part of each step it lives through: `t / B` per token, where B sequences share a
+        step of its pace t (the cost model of PolyServe §5.4).
+        """
+        request = ticket.request
+        for ledger in self._fleet.serving(request.model):
+            if not is_open(ledger):
+                continue
+            step_time = ledger.backend.step_time
+            prompt = request.prompt_tokens * request.sequences
+            alone_s = step_time.decode_seconds(1, prompt)
+            each_s = (step_time.decode_seconds(33, 33 * prompt) - alone_s) / 32
+            pace_s = min(ticket.ask.own_tpot_s, 10 * alone_s)
+            batch = max(min((pace_s - alone_s) / max(each_s, 1e-9), 256.0), 1.0)
+            step_s = min(pace_s, alone_s + each_s * batch)
+            prefill_s = step_time.seconds_of(prompt, 1, 0, prompt * prompt / 2, 0, 0)
+            decode_s = ticket.ask.output_tokens * request.sequences * step_s / batch
+            self._shares.add(ticket.tier.name, prefill_s + decode_s)
+            return
+
+    def rebalance(self) -> ev.Claim | None:
+        """End a round of demand; without a pool, the one relabelling that is due."""
+        fleet = self._fleet
+        if fleet.pool():
+            self._shares.close_round({}, ())
+            return None
+        order = [tier.name for tier in fleet.tiers.tiers]
+        move = self._shares.close_round({name: fleet.tier_size(name) for name in order}, order)
+        if move is None:
+            return None
+        for ledger in reversed(fleet.in_tier(move.giver)):
+            if is_open(ledger) and not ledger.backend.pinned and ledger.claiming_for is None:
+                reason = f"demand moved from {move.giver} to {move.taker}"
+                return _claim(ledger, fleet.tiers[move.taker], reason)
+        return None
+
+
+def _claim(ledger: Ledger, tier: Tier, reason: str) -> ev.Claim:
+    ledger.claiming_for = tier.name
+    return ev.Claim(ledger.backend.name, tier.name, ledger.epoch, reason)

@@ -1,0 +1,30 @@
+"""The knobs of a dispatcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The dispatcher's knobs.
+
+    Attributes:
+        handback_period_s: how often tails are looked at; a backend found empty in `handback_checks` of them in
+            a row goes back to the pool (PolyServe §4.3; the period is not in the paper).
+        rebalance_period_s: length of a round in which demand is measured for a fleet without a pool.
+        demand_window_s: how long a tier counts as in demand after a request.
+        max_attempts: backends tried for one request before its first byte.
+        max_store_refusals: times a decision is made again after the store said no, before the request is held.
+        max_held: held requests at most; beyond it the newcomer is refused.
+        cooldown_s: a backend that failed before a first byte rests this long, doubling up to 32 times.
+    """
+
+    handback_period_s: float = 10.0
+    handback_checks: int = 2
+    rebalance_period_s: float = 10.0
+    demand_window_s: float = 30.0
+    max_attempts: int = 3
+    max_store_refusals: int = 2
+    max_held: int = 10_000
+    cooldown_s: float = 0.25

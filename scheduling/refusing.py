@@ -1,0 +1,71 @@
+"""When waiting cannot help any more, and when trying again can."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+
+from scheduling.decisions import Refusal, RefusalKind
+from scheduling.fleet import Fleet, is_open
+from scheduling.ledger import Ledger
+from scheduling.placing import Look
+from scheduling.policies.protocol import Policy
+from scheduling.predict import walk_prefill
+from scheduling.tickets import Ticket
+
+_KINDS_LOOKED_AT = 4  # a fleet's engines are few kinds
+_ENDS_LOOKED_AT = 16
+
+
+def at_once(ticket: Ticket, fleet: Fleet) -> Refusal | None:
+    """The refusal of a request that no waiting can help; None when there is hope."""
+    request = ticket.request
+    serving = [ledger.backend for ledger in fleet.serving(request.model) if is_open(ledger)]
+    if not serving:
+        return Refusal(RefusalKind.NO_BACKEND, f"no backend is up for model {request.model!r}", 1.0)
+    longest = [backend.limits.max_model_tokens for backend in serving]
+    known = [tokens for tokens in longest if tokens is not None]
+    if len(known) == len(longest) and request.prompt_tokens >= max(known):
+        message = f"the prompt has {request.prompt_tokens} tokens; no backend takes more than {max(known)}"
+        return Refusal(RefusalKind.TOO_LONG, message)
+    return None
+
+
+def latest_start_s(ticket: Ticket, fleet: Fleet, now_s: float) -> float:
+    """When a request must start at the latest, on an idle backend, to make its first token."""
+    due_s = ticket.ask.ttft_due_s
+    if math.isinf(due_s):
+        return math.inf
+    backends = (ledger.backend for ledger in fleet.serving(ticket.request.model) if is_open(ledger))
+    idle_s = [
+        walk_prefill(Ledger(backend), ticket.request, now_s, math.inf).total_s * backend.margin
+        for backend in islice(backends, _KINDS_LOOKED_AT)
+        if backend.calibrated
+    ]
+    return due_s - min(idle_s, default=0.0)
+
+
+def too_late(ticket: Ticket, found: Look, retry_after_s: float, now_s: float) -> Refusal:
+    """The refusal of a request whose first token cannot be on time any more."""
+    request = ticket.request
+    promise_ms = (request.slo.ttft_s or 0.0) * 1e3
+    if now_s - request.arrival_s < 1e-3:
+        message = f"the first token cannot come within {promise_ms:.0f} ms even from an idle backend"
+        return Refusal(RefusalKind.TOO_LATE, message)
+    message = f"nothing became free within the {promise_ms:.0f} ms to the first token: {found.why()}"
+    return Refusal(RefusalKind.SATURATED, message, retry_after_s)
+
+
+def retry_after_s(ticket: Ticket, policy: Policy, fleet: Fleet, held: int, now_s: float) -> float:
+    """Predicted seconds until one more of its kind fits: the first end on a backend it may use, once for
+    every `held` request before it there."""
+    soonest_s = math.inf
+    backends = 0
+    usable = (ledger for ledger in fleet.serving(ticket.request.model) if is_open(ledger))
+    for ledger in islice(usable, _ENDS_LOOKED_AT):
+        if policy.stage_on(ticket.tier, ledger, fleet, now_s) is None:
+            continue
+        backends += 1
+        tokens = ledger.first_end_tokens()
+        soonest_s = min(soonest_s, (tokens or 1.0) * ledger.floor_s)
+    return soonest_s * (1 + held / backends) if backends else 1.0

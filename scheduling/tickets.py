@@ -1,0 +1,79 @@
+"""A request on its way through the dispatcher: its ticket, and the phases it may pass."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+from scheduling.decisions import Decision, Outcome
+from scheduling.feasible import Ask
+from scheduling.ledger import Resident
+from scheduling.requests import Request
+from scheduling.tiers import Tier
+
+
+class Phase(Enum):
+    """Where a request is. Illegal moves are bugs, and raise."""
+
+    NEW = "new"
+    HELD = "held"
+    RESERVING = "reserving"
+    OPEN = "open"
+    DONE = "done"
+
+
+_MOVES = {
+    Phase.NEW: {Phase.HELD, Phase.RESERVING, Phase.DONE},
+    Phase.HELD: {Phase.NEW, Phase.RESERVING, Phase.DONE},
+    Phase.RESERVING: {Phase.HELD, Phase.RESERVING, Phase.OPEN, Phase.DONE},  # RESERVING again: the store said no
+    Phase.OPEN: {Phase.HELD, Phase.RESERVING, Phase.DONE},  # back: it failed before the first byte
+    Phase.DONE: set[Phase](),
+}
+
+
+class Ticket:
+    """One request on its way. Lives until it is answered, refused or gone."""
+
+    __slots__ = (
+        "ask",
+        "attempts",
+        "backend",
+        "cause",
+        "decision",
+        "excluded",
+        "gone",
+        "held_number",
+        "lease_id",
+        "outcome",
+        "phase",
+        "relegated",
+        "request",
+        "resident",
+        "store_refusals",
+        "tier",
+        "until_s",
+    )
+
+    def __init__(self, request: Request, tier: Tier, ask: Ask) -> None:
+        self.request = request
+        self.tier = tier
+        self.ask = ask
+        self.phase = Phase.NEW
+        self.attempts = 0
+        self.store_refusals = 0
+        self.excluded: frozenset[str] = frozenset()
+        self.lease_id: str | None = None
+        self.backend: str | None = None
+        self.resident: Resident | None = None
+        self.decision: Decision | None = None
+        self.outcome: Outcome | None = None
+        self.relegated = False
+        self.gone = False
+        self.held_number = -1  # which wait this is; older queue entries of the same ticket are stale
+        self.until_s = math.inf
+        self.cause = ""
+
+    def move(self, phase: Phase) -> None:
+        if phase not in _MOVES[self.phase]:
+            raise AssertionError(f"request {self.request.request_id}: {self.phase.value} -> {phase.value}")
+        self.phase = phase
