@@ -12,7 +12,7 @@ from aiohttp import web
 from adapters.emulated.answers import ChoicePlan, Stream, WholeAnswer, prompt_tokens
 from adapters.emulated.driver import EngineDriver, TokenSink
 from adapters.emulated.errors import ApiError, bad_request, engine_busy, prompt_too_long, unknown_model
-from adapters.emulated.prompts import Prompt, chat_prompt, completion_prompts
+from adapters.emulated.prompts import Prompt, Units, chat_units, prompt_units
 from adapters.emulated.protocol import (
     ChatBody,
     CompletionBody,
@@ -44,14 +44,14 @@ class Generations:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
         body = parse(ChatBody, await read_json(request))
-        prompts = [chat_prompt(body.messages)]
+        prompts = self._prompts([chat_units(body.messages)])
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         return await self._generate(request, body, prompts, limit, Route.CHAT)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
         body = parse(CompletionBody, await read_json(request))
-        prompts = completion_prompts(body.prompt, "prompt")
+        prompts = self._prompts(prompt_units(body.prompt, "prompt"))
         return await self._generate(request, body, prompts, body.max_tokens, Route.COMPLETION)
 
     async def _generate(
@@ -76,6 +76,11 @@ class Generations:
         finally:
             self.in_progress -= 1
             self.driver.abort_all(plan.sequence_id for plan in plans)
+
+    def _prompts(self, units: Sequence[Units]) -> list[Prompt]:
+        engine = self.settings.engine
+        block_tokens = engine.block_tokens if engine.prefix_caching else None
+        return [Prompt.of(one, block_tokens) for one in units]
 
     def _plans(
         self, response_id: str, body: GenerationBody, prompts: Sequence[Prompt], limit: int | None
@@ -129,12 +134,9 @@ class Generations:
         if faults.refuse_every is not None and self._asked % faults.refuse_every == 0:
             self.driver.stats.rejected += 1
             raise engine_busy()
-        engine = self.settings.engine
         targets: Sequence[TokenSink] = sinks.choices if isinstance(sinks, Stream) else sinks
-        blocks: tuple[int, ...] = ()
         for position, (plan, sink) in enumerate(zip(plans, targets, strict=True)):
-            if engine.prefix_caching and (position == 0 or plan.prompt_index != plans[position - 1].prompt_index):
-                blocks = prompts[plan.prompt_index].blocks(engine.block_tokens)
+            blocks = prompts[plan.prompt_index].blocks
             spec = SequenceSpec(plan.sequence_id, plan.prompt_tokens, plan.output_tokens, priority, blocks)
             try:
                 self.driver.submit(spec, sink, by_length=plan.by_length)
@@ -255,7 +257,8 @@ class Generations:
         self.check_model(body.model)
         if body.encoding_format != "float":
             raise bad_request("Only encoding_format `float` is emulated.", "encoding_format")
-        prompts = completion_prompts(body.input, "input")
+        units = prompt_units(body.input, "input")
+        prompts = self._prompts(units)
         for prompt in prompts:
             self._room(prompt)
         response_id = "embd-" + (request.headers.get("X-Request-Id") or uuid.uuid4().hex)
@@ -284,8 +287,8 @@ class Generations:
                 "created": int(time.time()),
                 "model": body.model or self.settings.model,
                 "data": [
-                    {"index": index, "object": "embedding", "embedding": _direction(prompt, size)}
-                    for index, prompt in enumerate(prompts)
+                    {"index": index, "object": "embedding", "embedding": _direction(one, size)}
+                    for index, one in enumerate(units)
                 ],
                 "usage": {
                     "prompt_tokens": asked,
@@ -310,9 +313,9 @@ def json_answer(value: object) -> web.Response:
     return web.Response(body=orjson.dumps(value), headers={"content-type": "application/json"})
 
 
-def _direction(prompt: Prompt, size: int) -> list[float]:
+def _direction(units: Units, size: int) -> list[float]:
     """A unit vector that depends on the prompt only."""
-    key = answer_key(*prompt.units)
+    key = answer_key(*units)
     raw = [((key * (2 * i + 1) >> 3) & 0xFFFF) / 32768.0 - 1.0 for i in range(size)]
     length = sum(value * value for value in raw) ** 0.5 or 1.0
     return [value / length for value in raw]

@@ -7,43 +7,41 @@ from dataclasses import dataclass
 
 from adapters.emulated.errors import bad_request
 from adapters.emulated.protocol import Message
-from adapters.emulated.tokens import encode
+
+Units = Sequence[str] | Sequence[int]
+"""What stands for a prompt's tokens: words, or token ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt. `counted` says that the client gave token ids, so that the count is its own.
+    """What is kept of a prompt while it is served; its words are not.
 
-    `units` is what stands for its tokens: words, or token ids.
+    Attributes:
+        counted: the client gave token ids, so that the count is its own.
+        blocks: an id for each whole block, if the engine caches prefixes; equal ids mean equal contents from the
+            start on. A hash that only has to hold within one process.
     """
 
-    units: Sequence[str] | Sequence[int]
+    tokens: int
     counted: bool
+    blocks: tuple[int, ...]
 
-    @property
-    def tokens(self) -> int:
-        return len(self.units)
-
-    def blocks(self, block_tokens: int) -> tuple[int, ...]:
-        """An id for each whole block of the prompt; equal ids mean equal contents from the start on.
-
-        A hash that only has to hold within one process; the last token is left out, since an engine always
-        computes at least that one.
-        """
-        ids: list[int] = []
-        before = 0
-        for start in range(0, len(self.units) - block_tokens, block_tokens):
-            before = hash((before, *self.units[start : start + block_tokens]))
-            ids.append(before)
-        return tuple(ids)
-
-    def token_ids(self) -> list[int]:
-        """Its tokens' ids."""
-        return [unit if isinstance(unit, int) else encode(unit)[0] for unit in self.units]
+    @classmethod
+    def of(cls, units: Units, block_tokens: int | None) -> Prompt:
+        """`block_tokens` is the size of a cached block, or None without a prefix cache."""
+        counted = bool(units) and isinstance(units[0], int)
+        blocks: list[int] = []
+        if block_tokens is not None:
+            before = 0
+            # The last token is left out: an engine always computes at least that one.
+            for start in range(0, len(units) - block_tokens, block_tokens):
+                before = hash((before, *units[start : start + block_tokens]))
+                blocks.append(before)
+        return cls(len(units), counted, tuple(blocks))
 
 
-def chat_prompt(messages: Iterable[Message]) -> Prompt:
-    """A chat as one prompt: per message one token for the role, and the words of its text."""
+def chat_units(messages: Iterable[Message]) -> list[str]:
+    """A chat's words: per message one token for the role, and the words of its text. Raises ApiError."""
     units: list[str] = []
     for message in messages:
         units.append(f"<|{message.role}|>")
@@ -59,24 +57,26 @@ def chat_prompt(messages: Iterable[Message]) -> Prompt:
                 raise bad_request(
                     f"This model does not support {part.type} input: it is an emulated text model.", "messages"
                 )
-    return Prompt(units, counted=False)
+    return units
 
 
-def completion_prompts(prompt: list[int] | list[list[int]] | str | list[str] | None, field: str) -> list[Prompt]:
-    """The prompts of a completion or embedding: a text, several, token ids, or several lists of them."""
-    if isinstance(prompt, str):
-        return [Prompt(prompt.split(), counted=False)]
-    prompts: list[Prompt] = []
+def prompt_units(prompt: list[int] | list[list[int]] | str | list[str] | None, field: str) -> list[Units]:
+    """The prompts of a completion or embedding: a text, several, token ids, or several lists of them.
+
+    Raises ApiError when one is empty.
+    """
+    items: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt or []
+    prompts: list[Units] = []
     loose: list[int] = []
-    for item in prompt or ():
+    for item in items:
         if isinstance(item, str):
-            prompts.append(Prompt(item.split(), counted=False))
+            prompts.append(item.split())
         elif isinstance(item, int):
             loose.append(item)
         else:
-            prompts.append(Prompt(item, counted=True))
+            prompts.append(item)
     if loose:
-        prompts.append(Prompt(loose, counted=True))
-    if not prompts or any(not one.units for one in prompts):
+        prompts.append(loose)
+    if not prompts or not all(prompts):
         raise bad_request("The prompt must not be empty.", field)
     return prompts

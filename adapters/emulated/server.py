@@ -21,10 +21,10 @@ from adapters.emulated.driver import EngineDriver
 from adapters.emulated.errors import ApiError
 from adapters.emulated.generation import Generations, json_answer, read_json
 from adapters.emulated.lag import LoopLag
-from adapters.emulated.prompts import Prompt, chat_prompt
+from adapters.emulated.prompts import chat_units
 from adapters.emulated.protocol import DetokenizeBody, TokenizeBody, parse
 from adapters.emulated.settings import EMULATED_HEADER, OWNER, VERSION, EmulatedSettings
-from adapters.emulated.tokens import decode
+from adapters.emulated.tokens import decode, encode
 from tiergate_engine.model import EngineModel
 from tiergate_engine.step import StepTime
 
@@ -81,16 +81,13 @@ class EmulatedEngine:
         """POST /tokenize: the rule of `adapters.emulated.tokens`, the same that usage counts by."""
         body = parse(TokenizeBody, await read_json(request))
         self._generations.check_model(body.model)
-        if body.messages is None:
-            prompt = Prompt((body.prompt or "").split(), counted=False)
-        else:
-            prompt = chat_prompt(body.messages)
+        units = (body.prompt or "").split() if body.messages is None else chat_units(body.messages)
         return json_answer(
             {
-                "count": prompt.tokens,
+                "count": len(units),
                 "max_model_len": self.settings.engine.max_model_tokens,
-                "tokens": prompt.token_ids(),
-                "token_strs": list(map(str, prompt.units)) if body.return_token_strs else None,
+                "tokens": encode(units),
+                "token_strs": units if body.return_token_strs else None,
             }
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _ONSETS = ("b", "d", "f", "k", "l", "m", "n", "p", "r", "s", "t", "v", "br", "st", "tr", "pl")
 _RHYMES = ("a", "en", "i", "or", "ul", "an", "e", "is", "ost", "ump", "ai", "ell", "ing", "ock", "une", "ard")
@@ -39,11 +39,11 @@ def count_text(text: str) -> int:
     return len(text.split())
 
 
-def encode(text: str) -> list[int]:
-    """Token ids of a text, one per word."""
+def encode(words: Iterable[str]) -> list[int]:
+    """Token ids of words, one for each."""
     known = _IDS.get
     ids: list[int] = []
-    for word in text.split():
+    for word in words:
         number = known(word)
         ids.append(256 + zlib.crc32(word.encode()) % (VOCABULARY - 256) if number is None else number)
     return ids
