@@ -77,7 +77,7 @@ def vllm_server(
     command += ["--enable-server-load-tracking", "--no-enable-prefix-caching"]
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "pythonic"]
     # a random model that may write blanks into JSON writes nothing else
-    command += ["--structured-outputs-config", '{"disable_any_whitespace": true}', *extra]
+    command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}', *extra]
     return ServerProcess(
         command,
         f"http://127.0.0.1:{port}/health",
