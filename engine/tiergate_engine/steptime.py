@@ -3,7 +3,8 @@
 All three are immutable, in seconds, continuous and non-decreasing in every argument (an empty step takes
 nothing; the first token of any kind brings the whole cost of a step). They answer the hottest question of the
 product, so the methods are plain arithmetic on numbers that were prepared when the object was made.
-Arguments must not be negative; that is not checked on the way.
+Arguments must not be negative, and without prefill tokens the other prefill sums mean nothing and are ignored;
+neither is checked on the way.
 
 A chunk makes an engine read what the decodes hold in KV a second time, and the chunk's own context once. Both
 costs are there as soon as there is a chunk, which would be a jump from zero to one prefill token. They come in

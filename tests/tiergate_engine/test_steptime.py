@@ -97,7 +97,11 @@ def test_one_token_more_is_a_small_step(step_time: StepTime, sums: tuple[int, in
     # The steepest cost of a prefill token: the ramp spreads a chunk's fixed costs over RAMP_TOKENS tokens.
     tokens, seqs, context, area, decodes, kv = sums
     assume(tokens + decodes > 0)
-    jump = step_time.seconds_of(tokens + 1, seqs, context, area, decodes, kv) - step_time.seconds_of(*sums)
+    if not tokens:
+        area = 0.0  # nothing attends without a token, and the sums must not contradict each other
+    jump = step_time.seconds_of(tokens + 1, seqs, context, area, decodes, kv) - step_time.seconds_of(
+        tokens, seqs, context, area, decodes, kv
+    )
     assert jump <= _steepest(step_time, context, kv) + 1e-9
 
 
