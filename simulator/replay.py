@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -112,7 +113,7 @@ def load_log(name_or_path: str) -> EngineLog:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ReplayError(f"{name_or_path}: {place}: {first['msg']}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         known = ", ".join(shipped_logs())
         raise ReplayError(f"{name_or_path}: {error}; logs that come with tiergate: {known}") from error
     return EngineLog(
