@@ -63,6 +63,8 @@ class HttpConnection:
         else:
             body["prompt"] = self._random.choices(range(_FIRST_ID, _LAST_ID), k=prompt_tokens)
             body["ignore_eos"] = True
+            # vLLM puts tokens that it could not send in time into one event: only a running count tells
+            body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         return orjson.dumps(body)
 
     async def _complete(self, prompt_tokens: int, output_tokens: int) -> Completion:
@@ -114,7 +116,10 @@ class _Events:
             self._read(event, now_s)
 
     def token_times(self) -> tuple[float, ...]:
-        """One time per token. An event more than there were tokens is the one that only ends the stream."""
+        """One time per token. An event more than there were tokens is the one that only ends the stream.
+
+        Tokens that came in one event are spread evenly over the time since the event before.
+        """
         if self._output_tokens is not None and len(self._times) == self._output_tokens + 1:
             return tuple(self._times[:-1])
         if self._output_tokens is not None and len(self._times) < 0.9 * self._output_tokens:
@@ -144,10 +149,13 @@ class _Events:
     def _take(self, parsed: object, now_s: float) -> None:
         if not isinstance(parsed, dict):
             return
-        if parsed.get("choices"):
-            self._times.append(now_s)
+        counted = None
         usage = parsed.get("usage")
         if isinstance(usage, dict):
-            prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            prompt, counted = usage.get("prompt_tokens"), usage.get("completion_tokens")
             self.prompt_tokens = prompt if isinstance(prompt, int) else self.prompt_tokens
-            self._output_tokens = output if isinstance(output, int) else self._output_tokens
+            self._output_tokens = counted if isinstance(counted, int) else self._output_tokens
+        if parsed.get("choices"):
+            came = counted - len(self._times) if isinstance(counted, int) else 1
+            before_s = self._times[-1] if self._times else now_s
+            self._times += [before_s + (now_s - before_s) * part / came for part in range(1, came + 1)]
