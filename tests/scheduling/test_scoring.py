@@ -120,6 +120,7 @@ def test_tokens_of_one_event_came_together() -> None:
     # Three tokens at 11.05: the first of them was due at 11.0, whatever the others' deadlines.
     assert not judge(record([11.05], token_counts=[3])).attained
     assert judge(record([10.95, 11.05], token_counts=[1, 3])).attained
+    assert not judge(record([10.95, 11.15], token_counts=[1, 3])).attained  # its first was due at 11.1
 
 
 def test_an_answer_in_one_piece_is_judged_by_its_last_token() -> None:

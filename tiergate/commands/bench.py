@@ -226,7 +226,7 @@ class _Bench:
         lasts_s = self._trace.duration_s / fastest
         if lasts_s < self._window.total_s:
             self._console.print(
-                f"note: what is taken of {self._trace.name} lasts only {lasts_s:,.0f} s at rate factor {fastest:g}, "
+                f"note: {self._trace.name} lasts only {lasts_s:,.0f} s at factor {fastest:g}, "
                 f"not {self._window.total_s:g} s"
             )
 
