@@ -147,6 +147,6 @@ async def running(settings: Settings, wiring: Wiring) -> AsyncIterator[Gateway]:
             gateway.fleet.stop()
             for task in own:
                 task.cancel()
-            gateway.log.flush()
+            await asyncio.to_thread(gateway.log.flush)
             await gateway.fleet.close()
             await wiring.store.close()

@@ -68,7 +68,7 @@ class Teachers(Protocol):
         """The adapter for an endpoint. Raises UpstreamError while nothing answers."""
         ...
 
-    def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner: ...
+    async def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner: ...
 
     @property
     def lengths(self) -> LengthLearner: ...
@@ -274,7 +274,7 @@ class GatewayFleet:
         if member.adapter is None:
             member.adapter = await self._teachers.connect(member.settings)
         member.capabilities = await member.adapter.probe()
-        member.learner = self._teachers.steps(member.settings, member.capabilities)
+        member.learner = await self._teachers.steps(member.settings, member.capabilities)
         membership = await self._store.add_backend(member.name, member.settings.tier)
         member.phase = Phase.UP
         member.problem = None

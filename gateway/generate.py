@@ -171,7 +171,11 @@ class Exchange:
             return await self._answer_whole(order, opened)
         ticket.first_token()
         if not self._client.begun:
-            await self._client.begin(self._headers(forwarded(opened.response.headers), order.decision))
+            try:
+                await self._client.begin(self._headers(forwarded(opened.response.headers), order.decision))
+            except BaseException:
+                opened.response.abort()
+                raise
         ticket.abort_client = self._client.abort
         error = await self._parts.relay.stream(ticket, opened, self._meter, self._client)
         usage = opened.scanner.usage

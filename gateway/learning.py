@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -130,10 +131,10 @@ class Learned:
             return await registry.detect(settings.url, options)
         return registry.make(settings.engine.value, settings.url, options)
 
-    def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner:
+    async def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner:
         measured = settings.profile is not None
         if settings.profile is not None:
-            profile = load(settings.profile)
+            profile = await asyncio.to_thread(load, settings.profile)
         else:
             known = {
                 "kv_tokens": settings.limits.kv_tokens or capabilities.kv_tokens,

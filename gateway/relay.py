@@ -165,7 +165,7 @@ class Relay:
                 head += scanner.feed(chunk)
             except StreamTooWide:
                 raise UpstreamError(Failure.BROKEN, "the engine's answer is not a stream of events") from None
-        if scanner.error is not None:
+        if scanner.error_first and scanner.error is not None:
             failure = adapter.stream_failure(scanner.error)
             if failure is not None:
                 raise failure

@@ -8,6 +8,7 @@ one event that carries the usage.
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
@@ -44,7 +45,7 @@ _FINISH = {
 _ERROR = re.compile(rb'(?:^|\n)event:\s*error\b|(?:^|\n)data:\s*\{\s*"(?:error"\s*:\s*\{|object"\s*:\s*"error")')
 _EMPTY_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _DATA = re.compile(rb"(?:^|\n)data:")
-_CHUNKS_KEPT = 4
+_EVENTS_KEPT = 4  # the end may be told before a usage event and [DONE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class SseScanner:
         usage: the engine's final usage, once it came.
         error: the first error event, once it came.
         opened: whether anything came that ends the wait for the first token.
+        error_first: whether that was an error.
     """
 
     __slots__ = (
@@ -82,6 +84,7 @@ class SseScanner:
         "_separator",
         "_strip_usage",
         "error",
+        "error_first",
         "opened",
         "tokens",
         "usage",
@@ -104,11 +107,12 @@ class SseScanner:
         self._carry = b""
         self._separator = b""
         self._held = False
-        self._recent: list[bytes] = []
+        self._recent: deque[bytes] = deque(maxlen=_EVENTS_KEPT)
         self.tokens = 0
         self.usage: Usage | None = None
         self.error: bytes | None = None
         self.opened = False
+        self.error_first = False
 
     @property
     def between_events(self) -> bool:
@@ -118,14 +122,10 @@ class SseScanner:
     @property
     def complete(self) -> bool:
         """Whether the stream said that it is complete."""
-        return self._finish.search(b"".join(self._recent)) is not None
+        return self._finish.search(b"".join((*self._recent, self._carry))) is not None
 
     def feed(self, chunk: bytes) -> bytes:
         """Count `chunk`; returns what goes to the client. Raises StreamTooWide."""
-        recent = self._recent
-        recent.append(chunk)
-        if len(recent) > _CHUNKS_KEPT:
-            del recent[0]
         if not self._carry and self._separator == b"\n\n" and chunk.find(b"\n\n") == len(chunk) - 2:
             return chunk if self._event(chunk) else b""
         return self._feed_pieces(chunk)
@@ -170,6 +170,7 @@ class SseScanner:
 
     def _event(self, event: bytes) -> bool:
         """Count one whole event; False when it must not reach the client."""
+        self._recent.append(event)
         has_content = self._content.search(event) is not None
         if has_content:
             self.opened = True
@@ -186,7 +187,7 @@ class SseScanner:
                     return False
         if not self.opened and not has_content:
             if _ERROR.search(event) is not None:
-                self.opened = True
+                self.opened = self.error_first = True
                 self.error = event
             elif self._finish.search(event) is not None:
                 self.opened = True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from gateway.app import Gateway, running
+from gateway.app import Gateway, Wiring, running
 from gateway.config import ConfigError, Settings, load, parse_backend_flag
 from gateway.learning import Learned
 from tiergate.commands import CommandFailed, UsageError
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no backend: give --backend http://host:port, or `backends` in a configuration file")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        uvloop.run(serve(args, settings))
+        uvloop.run(serve(args, settings, replace(wire(settings), write_log=_write_log)))
     except ConfigError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
@@ -85,9 +85,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def serve(args: argparse.Namespace, settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT; a second one does not wait for streams. Raises ConfigError, OSError."""
-    wiring = replace(wire(settings), write_log=_write_log)
+async def serve(args: argparse.Namespace, settings: Settings, wiring: Wiring) -> None:
+    """Run until SIGTERM or SIGINT; a second one does not wait for streams. Raises OSError."""
     # What is alive now lives as long as the process; the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
@@ -115,7 +114,7 @@ async def serve(args: argparse.Namespace, settings: Settings) -> None:
                 task.cancel()
     finally:
         if isinstance(wiring.teachers, Learned):
-            _save(wiring.teachers)
+            await asyncio.to_thread(_save, wiring.teachers)
 
 
 def _write_log(lines: bytes) -> None:
@@ -138,7 +137,7 @@ async def _reload_on(reload: asyncio.Event, gateway: Gateway, args: argparse.Nam
         reload.clear()
         try:
             settings = await asyncio.to_thread(settings_of, args)
-            check_profiles(settings)
+            await asyncio.to_thread(check_profiles, settings)
         except (UsageError, ConfigError) as error:
             log.error("the configuration stays as it was: %s", error)
             continue
