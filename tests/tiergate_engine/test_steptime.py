@@ -259,3 +259,14 @@ def test_each_regime_has_its_factor(decode: float, mixed: float) -> None:
 def test_wrong_numbers_are_refused_with_the_place(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(scaled(), st.integers(1, 200), st.integers(0, 100_000), st.integers(1, 200))
+def test_a_chunk_never_shortens_a_corrected_step(
+    step_time: ScaledStepTime, seqs: int, kv: int, chunk: int
+) -> None:
+    decodes = Step.decode(seqs, kv)
+    with_chunk = step_time.seconds(decodes + Step.chunk(chunk))
+    assert with_chunk >= step_time.seconds(decodes)
+    if step_time.mixed_factor < step_time.decode_factor:
+        assert with_chunk >= step_time.mixed_factor * step_time.base.seconds(decodes + Step.chunk(chunk))
