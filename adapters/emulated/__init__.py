@@ -4,9 +4,10 @@ No model runs. Step times come from a latency profile, scheduling from `EngineMo
 
 * ``server``: the routes, and `serving`, which runs engines on ports of their own in one process.
 * ``driver``: one `EngineModel` in real time, on an absolute schedule.
-* ``answers``, ``sse``: the bytes of streams, one write a token.
+* ``generation``: the routes that cost steps. ``answers``, ``sse``, ``messages``: the bytes, one write a token.
 * ``protocol``, ``prompts``, ``tokens``, ``errors``: bodies, token counting, texts and lengths, error shapes.
-* ``exposition``, ``histograms``: /metrics under vLLM's names.
+* ``profiled``: settings from a latency profile.
+* ``exposition``, ``histograms``, ``lag``: /metrics under vLLM's names.
 """
 
 from adapters.emulated.server import EmulatedEngine, Served, serving

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from aiohttp.base_protocol import BaseProtocol
 
 from adapters.emulated.settings import Faults
-from adapters.emulated.sse import DONE, EventWriter, Route, Usage, chunk
+from adapters.emulated.sse import EventWriter, Usage, chunk
 from adapters.emulated.tokens import TOKEN_TEXT, WORD_MASK, answer_text
 
 
@@ -65,7 +65,6 @@ class Stream:
         writers: Sequence[EventWriter],
         plans: Sequence[ChoicePlan],
         *,
-        route: Route,
         usage: bool,
         running_usage: bool,
         faults: Faults,
@@ -75,23 +74,23 @@ class Stream:
         self.running_usage = running_usage
         self.fingerprint = not usage
         self.faults = faults
-        self._route = route
         self._usage = usage
         self._plans = plans
         self._writers = writers
         self._prompt_tokens = prompt_tokens(plans)
-        self._opened = route is not Route.CHAT
+        self._opened = False
         self._left = len(plans)
         self._done = asyncio.get_running_loop().create_future()
         self.choices = tuple(ChoiceStream(self, writer, plan) for writer, plan in zip(writers, plans, strict=True))
 
     def open(self) -> bytes:
-        """What precedes the first token: in a chat, the role of every choice; else nothing."""
+        """What precedes the first token of all: in a chat, the role of every choice."""
         if self._opened:
             return b""
         self._opened = True
-        usage = Usage(self._prompt_tokens, 0) if self.running_usage else None
-        return b"".join(writer.role(usage) for writer in self._writers)
+        return b"".join(
+            writer.opening(self._prompt_tokens, running_usage=self.running_usage) for writer in self._writers
+        )
 
     def choice_ended(self) -> None:
         self._left -= 1
@@ -102,10 +101,8 @@ class Stream:
         """Until every choice has ended; returns the events still to be written."""
         await self._done
         events = [self.open(), *(choice.rest() for choice in self.choices)]
-        if self._usage:
-            produced = sum(plan.output_tokens for plan in self._plans)
-            events.append(self._writers[0].usage(Usage(self._prompt_tokens, produced)))
-        events.append(DONE)
+        usage = Usage(self._prompt_tokens, sum(plan.output_tokens for plan in self._plans))
+        events.append(self._writers[0].closing(usage, self._plans[-1].finish_reason, usage_asked=self._usage))
         return b"".join(events)
 
 

@@ -12,6 +12,13 @@ from aiohttp import web
 from adapters.emulated.answers import ChoicePlan, Stream, WholeAnswer, prompt_tokens
 from adapters.emulated.driver import EngineDriver, TokenSink
 from adapters.emulated.errors import ApiError, bad_request, engine_busy, prompt_too_long, unknown_model
+from adapters.emulated.messages import (
+    CountTokensBody,
+    MessagesBody,
+    MessageWriter,
+    message_answer,
+    message_error,
+)
 from adapters.emulated.prompts import Prompt, Units, chat_units, prompt_units
 from adapters.emulated.protocol import (
     ChatBody,
@@ -23,7 +30,7 @@ from adapters.emulated.protocol import (
     stated_output_tokens,
 )
 from adapters.emulated.settings import FINGERPRINT, EmulatedSettings
-from adapters.emulated.sse import EventWriter, Route
+from adapters.emulated.sse import EventWriter, OpenAIWriter, Route, Usage
 from adapters.emulated.tokens import answer_key, draw_output_tokens, first_word
 from tiergate_engine.model import EngineFull, SequenceSpec, SequenceTooLong
 
@@ -54,6 +61,25 @@ class Generations:
         prompts = self._prompts(prompt_units(body.prompt, "prompt"))
         return await self._generate(request, body, prompts, body.max_tokens, Route.COMPLETION)
 
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/messages."""
+        try:
+            body = parse(MessagesBody, await read_json(request))
+            prompts = self._prompts([chat_units(body.chat())])
+            return await self._generate(request, body.generation(), prompts, body.max_tokens, Route.MESSAGES)
+        except ApiError as error:
+            return message_error(error)
+
+    async def count_tokens(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/messages/count_tokens."""
+        try:
+            body = parse(CountTokensBody, await read_json(request))
+            self.check_model(body.model)
+            chat = MessagesBody(model=body.model, messages=body.messages, system=body.system, max_tokens=1).chat()
+            return json_answer({"input_tokens": len(chat_units(chat))})
+        except ApiError as error:
+            return message_error(error)
+
     async def _generate(
         self,
         request: web.Request,
@@ -65,7 +91,7 @@ class Generations:
         self.check_model(body.model)
         check_generation(body)
         priority = self._priority(request, body)
-        prefix = "chatcmpl-" if route is Route.CHAT else "cmpl-"
+        prefix = "cmpl-" if route is Route.COMPLETION else "chatcmpl-"
         response_id = prefix + (request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex)
         plans = self._plans(response_id, body, prompts, limit)
         self.in_progress += 1
@@ -159,6 +185,13 @@ class Generations:
         answer = WholeAnswer(len(plans))
         self._submit(plans, prompts, priority, [answer] * len(plans))
         await answer.wait()
+        asked = prompt_tokens(plans)
+        produced = sum(plan.output_tokens for plan in plans)
+        model = body.model or self.settings.model
+        if route is Route.MESSAGES:
+            (plan,) = plans
+            usage = Usage(asked, produced)
+            return json_answer(message_answer(response_id, model, plan.text(), plan.finish_reason, usage))
         choices: list[dict[str, object]] = []
         for index, plan in enumerate(plans):
             said: dict[str, object]
@@ -170,14 +203,12 @@ class Generations:
                 said = {"text": plan.text()}
             said |= {"logprobs": None, "finish_reason": plan.finish_reason, "stop_reason": None}
             choices.append({"index": index, **said, "token_ids": None})
-        asked = prompt_tokens(plans)
-        produced = sum(plan.output_tokens for plan in plans)
         return json_answer(
             {
                 "id": response_id,
                 "object": "chat.completion" if route is Route.CHAT else "text_completion",
                 "created": int(time.time()),
-                "model": body.model or self.settings.model,
+                "model": model,
                 "choices": choices,
                 "service_tier": None,
                 "system_fingerprint": FINGERPRINT,
@@ -206,13 +237,16 @@ class Generations:
             raise ConnectionResetError("the client left before its request was read")
         created_s = int(time.time())
         model = body.model or self.settings.model
-        writers = [EventWriter(route, response_id, created_s, model, index) for index in range(len(plans))]
+        writers: list[EventWriter]
+        if route is Route.MESSAGES:
+            writers = [MessageWriter(response_id, model)]
+        else:
+            writers = [OpenAIWriter(route, response_id, created_s, model, index) for index in range(len(plans))]
         stream = Stream(
             request.protocol,
             transport,
             writers,
             plans,
-            route=route,
             usage=body.wants_usage,
             running_usage=body.wants_running_usage,
             faults=self.settings.faults,

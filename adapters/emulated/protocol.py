@@ -29,18 +29,20 @@ class FieldError(ValueError):
         self.parameter = parameter
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A request body; fields that are not named are taken and ignored, as in vLLM."""
+
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """`stream_options` of the OpenAI API, with vLLM's running usage."""
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What chats and completions have in common."""
 
     model: str | None = None
@@ -79,14 +81,14 @@ class GenerationBody(_Body):
         return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a message's content; only text has a meaning here."""
 
     type: str
     text: str = ""
 
 
-class Message(_Body):
+class Message(Body):
     """A chat message: any role; content as text, as parts, or none."""
 
     role: str
@@ -113,7 +115,7 @@ class CompletionBody(GenerationBody):
         return self
 
 
-class EmbeddingBody(_Body):
+class EmbeddingBody(Body):
     """`POST /v1/embeddings`."""
 
     model: str | None = None
@@ -122,7 +124,7 @@ class EmbeddingBody(_Body):
     dimensions: int | None = None
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(Body):
     """`POST /tokenize`: a prompt or messages."""
 
     model: str | None = None
@@ -137,7 +139,7 @@ class TokenizeBody(_Body):
         return self
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(Body):
     """`POST /detokenize`."""
 
     model: str | None = None

@@ -49,6 +49,8 @@ class EmulatedEngine:
             [
                 web.post("/v1/chat/completions", self._generations.chat),
                 web.post("/v1/completions", self._generations.completion),
+                web.post("/v1/messages", self._generations.messages),
+                web.post("/v1/messages/count_tokens", self._generations.count_tokens),
                 web.post("/v1/embeddings", self._generations.embeddings),
                 web.get("/v1/models", self.models),
                 web.post("/tokenize", self.tokenize),
