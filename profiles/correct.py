@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,8 +47,8 @@ class CorrectedProfile:
     Attributes:
         step_time: the profile times the learned factors.
         calibrated: False while it rests on a prior and fewer than `CALIBRATED_STEPS` steps.
-        p90_error: the error to leave room for: the worse regime's p90 lately, or the profile's while little is
-            known.
+        p90_error: the error to leave room for: the decodes' p90 lately, or the profile's while little is known.
+            A TTFT is not judged here: it holds waiting and network besides steps; see `mixed` for its error.
         version: rises with every observation, so that a reader can tell a newer snapshot.
     """
 
@@ -200,7 +199,7 @@ class Corrector:
         return CorrectedProfile(
             ScaledStepTime(self._base, decode.factor, mixed.factor),
             self._measured or self._steps >= CALIBRATED_STEPS,
-            self._current_p90((decode, mixed)),
+            self._current_p90(decode),
             self._version,
             decode,
             mixed,
@@ -230,13 +229,10 @@ class Corrector:
         self._steps += max(steps, 1)
         self._version += 1
 
-    def _current_p90(self, regimes: Iterable[RegimeCorrection]) -> float:
-        known = [
-            regime.p90_error
-            for regime in regimes
-            if regime.p90_error is not None and regime.observations >= _ENOUGH_ERRORS
-        ]
-        return max(known, default=self._p90_error)
+    def _current_p90(self, decode: RegimeCorrection) -> float:
+        if decode.p90_error is None or decode.observations < _ENOUGH_ERRORS:
+            return self._p90_error
+        return decode.p90_error
 
 
 def _quantile(ordered: list[float], share: float) -> float | None:

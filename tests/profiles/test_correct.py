@@ -87,6 +87,18 @@ def test_until_enough_is_observed_the_profiles_own_error_stands() -> None:
     assert Corrector(BASE, measured=False).snapshot().p90_error == 0.5
 
 
+def test_waiting_for_a_first_token_makes_no_margin() -> None:
+    corrector = Corrector(BASE, p90_error=0.07)
+    chance = random.Random(5)
+    for _ in range(100):
+        corrector.observe_prefill(1000, 10, 8000, chance.uniform(0.05, 0.5))
+        corrector.observe_decode(10, 8000, BASE.decode_seconds(10, 8000))
+    found = corrector.snapshot()
+    assert found.mixed.p90_error is not None
+    assert found.mixed.p90_error > 0.5
+    assert found.p90_error < 0.01
+
+
 def test_mixed_steps_follow_the_decodes_until_they_tell() -> None:
     corrector = Corrector(BASE)
     for _ in range(50):
