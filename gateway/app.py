@@ -51,6 +51,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, wiring: Wiring) -> None:
         self.live = Live(settings)
+        self.counter = wiring.counter
         self.gate = Gate()
         self.shell = Shell(
             wiring.dispatcher,

@@ -312,7 +312,7 @@ class Generator:
             body,
             http.headers,
             caller=caller,
-            tiers=parts.live.now.tiers,
+            tiers=lambda: parts.live.now.tiers,
             request_id=request_id,
             arrival_s=parts.clock(),
         )

@@ -162,10 +162,14 @@ class Learned:
         )
         return saved.model_dump_json().encode()
 
-    def save(self) -> None:
-        """Write the file, whole or not at all. Raises OSError."""
-        if self._path is None:
-            return
-        beside = self._path.with_suffix(self._path.suffix + ".new")
-        beside.write_bytes(self.to_json())
-        beside.replace(self._path)
+    async def save(self) -> None:
+        """Write the file, whole or not at all; nothing without a path. Raises OSError."""
+        if self._path is not None:
+            # The text is made here, where nothing can change underneath; only the writing is slow.
+            await asyncio.to_thread(_write_whole, self._path, self.to_json())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    beside = path.with_suffix(path.suffix + ".new")
+    beside.write_bytes(data)
+    beside.replace(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,7 +90,7 @@ class RequestParser:
         headers: Mapping[str, str],
         *,
         caller: Caller,
-        tiers: TierSet,
+        tiers: Callable[[], TierSet],
         request_id: str,
         arrival_s: float,
     ) -> Call:
@@ -114,14 +114,17 @@ class RequestParser:
             raise InvalidRequest(
                 f"n times the number of prompts is {sequences}; at most {_MAX_SEQUENCES} are taken", param="n"
             )
-        asked, stated = asked_slo(fields, headers, caller, tiers)
-        granted = classify(asked, tiers)
+        prompt_tokens = await prompt.tokens(model, self._counter)
+        # Counting may wait for a thread; the tiers are those of the moment the request enters the core.
+        now = tiers()
+        asked, stated = asked_slo(fields, headers, caller, now)
+        granted = classify(asked, now)
         request = Request(
             request_id=request_id,
             model=model,
             tier=granted.tier.name,
             slo=Slo(granted.slo.ttft_s, None) if embeds else granted.slo,
-            prompt_tokens=await prompt.tokens(model, self._counter),
+            prompt_tokens=prompt_tokens,
             arrival_s=arrival_s,
             max_output_tokens=1 if embeds else limit,
             expected_output_tokens=1 if embeds else _length_hint(fields),

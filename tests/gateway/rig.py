@@ -114,6 +114,15 @@ class Engine:
             await answer.write(event)
         return answer
 
+    async def first_then_wait(self, request: web.BaseRequest, body: dict[str, object]) -> web.StreamResponse:
+        """A token, and the rest when the test says so."""
+        answer = await self.begin(request)
+        await answer.write(ROLE + chunk("first"))
+        await self.release.wait()
+        for event in self.script[1:]:
+            await answer.write(event)
+        return answer
+
     async def overload(self, request: web.BaseRequest, body: dict[str, object]) -> web.StreamResponse:
         return web.json_response(orjson.loads(OVERLOAD[6:]), status=503)
 
@@ -190,7 +199,7 @@ _GENERATES = {
 _Behaviour = Callable[[Engine, web.BaseRequest, dict[str, object]], Awaitable[web.StreamResponse]]
 _NAMES = (
     *("good", "role_first", "overload", "overload_in_stream", "reject", "garbage", "noise", "cut", "ends_early"),
-    *("error_later", "stall", "silent", "wait", "flood"),
+    *("error_later", "stall", "silent", "wait", "flood", "first_then_wait"),
 )
 _BEHAVIOURS: dict[str, _Behaviour] = {name: getattr(Engine, name) for name in _NAMES}
 
@@ -265,6 +274,13 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110  (what is waited for has no event of its own)
             await asyncio.sleep(0.005)
+
+
+async def until_told(condition: Callable[[], Awaitable[bool]]) -> None:
+    """`until`, for something that must be asked for."""
+    async with asyncio.timeout(30):
+        while not await condition():  # noqa: ASYNC110  (another process has no event to wait for)
+            await asyncio.sleep(0.05)
 
 
 async def settled(made: Gateway) -> None:

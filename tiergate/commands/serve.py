@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -114,7 +113,7 @@ async def serve(args: argparse.Namespace, settings: Settings, wiring: Wiring) ->
                 task.cancel()
     finally:
         if isinstance(wiring.teachers, Learned):
-            await asyncio.to_thread(_save, wiring.teachers)
+            await _save(wiring.teachers)
 
 
 def _write_log(lines: bytes) -> None:
@@ -147,12 +146,11 @@ async def _reload_on(reload: asyncio.Event, gateway: Gateway, args: argparse.Nam
 async def _save_often(learned: Learned) -> None:
     while True:
         await asyncio.sleep(_SAVE_EVERY_S)
-        await asyncio.to_thread(_save, learned)
+        await _save(learned)
 
 
-def _save(learned: Learned) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            learned.save()
-        except OSError as error:
-            log.warning("what was learned could not be saved: %s", error)
+async def _save(learned: Learned) -> None:
+    try:
+        await learned.save()
+    except OSError as error:
+        log.warning("what was learned could not be saved: %s", error)

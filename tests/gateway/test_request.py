@@ -1,0 +1,178 @@
+"""Bad input: every mistake is a 4xx that names its field; good input becomes the right request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from gateway.config import Settings, TokenSettings, tier_set
+from gateway.errors import ApiError
+from gateway.request import ROUTES, Call, Caller, RequestParser
+from gateway.tokens import TokenCounter
+
+_TIERS = tier_set(Settings())
+_CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+class _Models:
+    def serves(self, model: str) -> bool:
+        return model == "m"
+
+    def names(self) -> list[str]:
+        return ["m"]
+
+    def max_model_tokens(self, model: str) -> int | None:
+        return 8192
+
+
+async def _parse(
+    body: object,
+    headers: dict[str, str] | None = None,
+    path: str = "/v1/chat/completions",
+    caller: Caller | None = None,
+) -> Call:
+    counter = TokenCounter(TokenSettings(), {})
+    route = next(route for route in ROUTES if route.path == path)
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    return await RequestParser(counter, _Models()).parse(
+        route, raw, headers or {}, caller=caller or Caller(), tiers=lambda: _TIERS, request_id="r", arrival_s=1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        (b"", 400, None),
+        (b"{", 400, None),
+        (b"\xff\xfe", 400, None),
+        (b"null", 400, None),
+        (b"[]", 400, None),
+        (b'"text"', 400, None),
+        ({}, 400, "model"),
+        ({"model": 3}, 400, "model"),
+        ({"model": ""}, 400, "model"),
+        ({"model": "other", "messages": [{}]}, 404, "model"),
+        ({"model": "m"}, 400, "messages"),
+        (_CHAT | {"messages": []}, 400, "messages"),
+        (_CHAT | {"messages": "hi"}, 400, "messages"),
+        (_CHAT | {"messages": [3]}, 400, "messages"),
+        (_CHAT | {"messages": [{"role": "user", "content": 3}]}, 400, "messages"),
+        (_CHAT | {"stream": "yes"}, 400, "stream"),
+        (_CHAT | {"stream": 1}, 400, "stream"),
+        (_CHAT | {"stream_options": 1}, 400, "stream_options"),
+        (_CHAT | {"max_tokens": "9"}, 400, "max_tokens"),
+        (_CHAT | {"max_tokens": 0}, 400, "max_tokens"),
+        (_CHAT | {"max_tokens": -1}, 400, "max_tokens"),
+        (_CHAT | {"max_tokens": 1.5}, 400, "max_tokens"),
+        (_CHAT | {"max_tokens": True}, 400, "max_tokens"),
+        (_CHAT | {"max_tokens": 10**12}, 400, "max_tokens"),
+        (_CHAT | {"max_tokens": 9000}, 400, "max_tokens"),
+        (_CHAT | {"max_completion_tokens": 9000}, 400, "max_completion_tokens"),
+        (_CHAT | {"n": 0}, 400, "n"),
+        (_CHAT | {"n": "2"}, 400, "n"),
+        (_CHAT | {"n": 10**6}, 400, "n"),
+        (_CHAT | {"service_tier": "gold"}, 400, "service_tier"),
+        (_CHAT | {"service_tier": 3}, 400, "service_tier"),
+        (_CHAT | {"nvext": {"agent_hints": {"osl": -3}}}, 400, "nvext.agent_hints.osl"),
+        (_CHAT | {"nvext": {"agent_hints": {"osl": "many"}}}, 400, "nvext.agent_hints.osl"),
+    ],
+)
+async def test_a_bad_body_is_told_by_field(body: object, status: int, param: str | None) -> None:
+    with pytest.raises(ApiError) as raised:
+        await _parse(body)
+    error = orjson.loads(raised.value.body())["error"]
+    assert (raised.value.status, error["param"]) == (status, param)
+    assert error["message"]
+    if param is not None and status == 400:
+        assert param.rsplit(".", 1)[-1] in error["message"]
+
+
+@pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms"])
+@pytest.mark.parametrize(
+    "value", ["", "fast", "nan", "inf", "-inf", "-5", "0", "1e300", "1e999", "3600001", "0x10"]
+)
+async def test_a_bad_slo_header_is_told_by_name(name: str, value: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        await _parse(_CHAT, {name: value})
+    assert (raised.value.status, raised.value.param) == (400, name)
+
+
+async def test_an_unknown_tier_is_told_with_the_nearest() -> None:
+    with pytest.raises(ApiError, match="did you mean 'batch'") as raised:
+        await _parse(_CHAT, {"x-slo-tier": "bach"})
+    assert (raised.value.status, raised.value.param) == (400, "x-slo-tier")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"model": "m"}, "prompt"),
+        ("/v1/completions", {"model": "m", "prompt": []}, "prompt"),
+        ("/v1/completions", {"model": "m", "prompt": {"a": 1}}, "prompt"),
+        ("/v1/completions", {"model": "m", "prompt": ["a", 3.5]}, "prompt"),
+        ("/v1/completions", {"model": "m", "prompt": "a", "best_of": 0}, "best_of"),
+        ("/v1/completions", {"model": "m", "prompt": ["a"] * 100, "n": 100}, "n"),
+        ("/v1/responses", {"model": "m"}, "input"),
+        ("/v1/responses", {"model": "m", "input": [3]}, "input"),
+        ("/v1/messages", {"model": "m", "messages": {}}, "messages"),
+        ("/v1/embeddings", {"model": "m", "input": "a", "stream": True}, "stream"),
+    ],
+)
+async def test_other_routes_name_their_fields(path: str, body: object, param: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        await _parse(body, path=path)
+    assert (raised.value.status, raised.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "caller", "tier", "stated"),
+    [
+        ({}, {}, Caller(), "chat", False),
+        ({"x-slo-tier": "fast"}, {}, Caller(), "fast", True),
+        ({"x-slo-tpot-ms": "70"}, {}, Caller(), "chat", True),
+        ({"x-llm-d-slo-tpot-ms": "20"}, {}, Caller(), "fast", True),
+        ({"x-slo-tpot-ms": "100", "x-llm-d-slo-tpot-ms": "20"}, {}, Caller(), "summary", True),
+        ({}, {"service_tier": "priority"}, Caller(), "fast", True),
+        ({}, {"service_tier": "flex"}, Caller(), "batch", True),
+        ({}, {"service_tier": "auto"}, Caller(), "chat", False),
+        ({}, {"service_tier": "auto"}, Caller("t", tier="summary"), "summary", True),
+        ({"x-slo-tier": "summary"}, {"service_tier": "fast"}, Caller(), "summary", True),
+        ({"x-slo-tier": "fast"}, {}, Caller("t", tightest_tier="chat"), "chat", True),
+        ({"x-slo-tpot-ms": "5"}, {}, Caller("t", tightest_tier="chat"), "chat", True),
+        ({}, {"service_tier": "fast"}, Caller("t", tightest_tier="summary"), "summary", True),
+        ({}, {}, Caller("t", tightest_tier="summary"), "summary", False),
+    ],
+)
+async def test_the_pace_first_found_wins(
+    headers: dict[str, str], body: dict[str, object], caller: Caller, tier: str, stated: bool
+) -> None:
+    request = (await _parse(_CHAT | body, headers, caller=caller)).request
+    assert (request.tier, request.slo_stated) == (tier, stated)
+    if caller.tightest_tier is not None:
+        bound = _TIERS[caller.tightest_tier].slo.tpot_s
+        assert request.slo.tpot_s is not None
+        assert bound is not None
+        assert request.slo.tpot_s >= bound
+
+
+async def test_own_times_replace_the_tiers() -> None:
+    request = (await _parse(_CHAT, {"x-slo-ttft-ms": "1500", "x-slo-tpot-ms": "60.5"})).request
+    assert (request.slo.ttft_s, request.slo.tpot_s) == (1.5, 0.0605)
+
+
+async def test_what_a_request_costs() -> None:
+    ids = {"model": "m", "prompt": [[1] * 10, [2] * 30], "n": 2, "best_of": 3, "max_tokens": 5}
+    request = (await _parse(ids, path="/v1/completions")).request
+    assert (request.sequences, request.prompt_tokens, request.max_output_tokens) == (6, 20, 5)
+    hinted = (await _parse(_CHAT | {"nvext": {"agent_hints": {"osl": 77}}, "stream": True})).request
+    assert (hinted.expected_output_tokens, hinted.streamed) == (77, True)
+    image = [{"type": "image_url", "image_url": {"url": "data:..."}}, {"type": "text", "text": "what"}]
+    shown = (await _parse(_CHAT | {"messages": [{"role": "user", "content": image}]})).request
+    assert shown.prompt_tokens > 500
+    embedding = (await _parse({"model": "m", "input": ["a", "b"]}, path="/v1/embeddings")).request
+    assert embedding.slo.tpot_s is None
+    assert (embedding.sequences, embedding.max_output_tokens) == (2, 1)
+    anthropic = {"model": "m", "messages": _CHAT["messages"], "system": [{"type": "text", "text": "x" * 400}]}
+    assert (await _parse(anthropic, path="/v1/messages")).request.prompt_tokens >= 100
