@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ def _run(command: list[str], folder: Path) -> str:
         text=True,
         timeout=LONGEST_S,
         stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "180"},
         check=False,
     )
     assert done.returncode == 0, (
