@@ -5,30 +5,41 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from enum import Enum
 
 import orjson
 
 from adapters.contract import Adapter, Failure, OutgoingRequest, UpstreamError
 from profiles.measure import Completion, MeasureError
 
-_PATH = "/v1/completions"
+_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 _FIRST_ID, _LAST_ID = 16, 250  # token ids that every vocabulary has and that are rarely special
+_TELLING_TOKENS = 64  # shorter prompts are mostly a chat template
 _WORDS = ("river", "stone", "cloud", "lamp", "green", "seven", "north", "paper", "slow", "open", "glass", "wind")
 
 
-class HttpConnection:
-    """Sends `/v1/completions` through an adapter. One instance measures one model.
+class _Way(Enum):
+    """How a prompt is put."""
 
-    Prompts are random token ids, so that no prefix is cached and their length is exact. A server that refuses ids,
-    or the options that keep answers going (`ignore_eos`), is asked again without, once and for all; words then
-    stand for tokens, and `usage` says how many there were.
+    IDS = "ids"
+    WORDS = "words"
+    CHAT = "chat"
+
+
+class HttpConnection:
+    """Streams completions through an adapter. One instance measures one model.
+
+    Prompts are random token ids to `/v1/completions`, so that no prefix is cached and their length is exact. A server
+    that refuses ids, or the option that keeps answers going (`ignore_eos`), is asked again with words, which stand
+    for tokens, and one that refuses those too by `/v1/chat/completions`; `usage` says how many tokens there were.
+    What was refused once is not tried again.
     """
 
     def __init__(self, adapter: Adapter, model: str, seed: int) -> None:
         self._adapter = adapter
         self._model = model
         self._random = random.Random(seed)
-        self._plain = False
+        self._ways = [_Way.IDS, _Way.WORDS, _Way.CHAT]
         self._tokens_per_word = 1.0
         self._count = 0
 
@@ -37,43 +48,45 @@ class HttpConnection:
 
     async def complete(self, prompt_tokens: int, output_tokens: int) -> Completion:
         """Stream one completion. Raises MeasureError when the engine refuses it or breaks off."""
-        try:
-            return await self._complete(prompt_tokens, output_tokens)
-        except UpstreamError as error:
-            if error.failure is Failure.REJECTED and not self._plain:
-                self._plain = True
-                try:
-                    return await self._complete(prompt_tokens, output_tokens)
-                except UpstreamError as again:
-                    error = again
-            raise MeasureError(
-                f"a completion of {prompt_tokens} prompt and {output_tokens} output tokens failed: {error}"
-            ) from error
+        while True:
+            way = self._ways[0]
+            try:
+                return await self._complete(way, prompt_tokens, output_tokens)
+            except UpstreamError as error:
+                if error.failure is Failure.REJECTED and way is not self._ways[-1]:
+                    # Streams that were refused together drop their way once.
+                    if self._ways[0] is way:
+                        self._ways.pop(0)
+                    continue
+                raise MeasureError(
+                    f"a completion of {prompt_tokens} prompt and {output_tokens} output tokens failed: {error}"
+                ) from error
 
-    def _body(self, prompt_tokens: int, output_tokens: int) -> bytes:
+    def _body(self, way: _Way, prompt_tokens: int, output_tokens: int) -> bytes:
         body: dict[str, object] = {
             "model": self._model,
             "max_tokens": output_tokens,
             "temperature": 1.0,
             "stream": True,
         }
-        if self._plain:
-            words = max(round(prompt_tokens / self._tokens_per_word), 1)
-            body["prompt"] = " ".join(self._random.choices(_WORDS, k=words))
-        else:
+        if way is _Way.IDS:
             body["prompt"] = self._random.choices(range(_FIRST_ID, _LAST_ID), k=prompt_tokens)
             body["ignore_eos"] = True
             # vLLM puts tokens that it could not send in time into one event: only a running count tells
             body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+            return orjson.dumps(body)
+        text = " ".join(self._random.choices(_WORDS, k=max(round(prompt_tokens / self._tokens_per_word), 1)))
+        body |= {"prompt": text} if way is _Way.WORDS else {"messages": [{"role": "user", "content": text}]}
         return orjson.dumps(body)
 
-    async def _complete(self, prompt_tokens: int, output_tokens: int) -> Completion:
+    async def _complete(self, way: _Way, prompt_tokens: int, output_tokens: int) -> Completion:
         self._count += 1
+        tokens_per_word = self._tokens_per_word
         call = self._adapter.prepare(
             OutgoingRequest(
-                path=_PATH,
+                path=_CHAT if way is _Way.CHAT else _COMPLETIONS,
                 headers={"content-type": "application/json", "accept": "text/event-stream"},
-                body=self._body(prompt_tokens, output_tokens),
+                body=self._body(way, prompt_tokens, output_tokens),
                 request_id=f"profile-{self._count}",
                 streamed=True,
                 want_usage=True,
@@ -90,8 +103,9 @@ class HttpConnection:
             response.release()
         finally:
             response.abort()
-        if events.prompt_tokens is not None and self._plain:
-            self._tokens_per_word *= max(events.prompt_tokens, 1) / prompt_tokens
+        if events.prompt_tokens is not None and way is not _Way.IDS and prompt_tokens >= _TELLING_TOKENS:
+            words = max(round(prompt_tokens / tokens_per_word), 1)
+            self._tokens_per_word = max(events.prompt_tokens, 1) / words
         return Completion(sent_s, events.token_times(), events.prompt_tokens or prompt_tokens)
 
 
@@ -155,7 +169,16 @@ class _Events:
             prompt, counted = usage.get("prompt_tokens"), usage.get("completion_tokens")
             self.prompt_tokens = prompt if isinstance(prompt, int) else self.prompt_tokens
             self._output_tokens = counted if isinstance(counted, int) else self._output_tokens
-        if parsed.get("choices"):
+        choices = parsed.get("choices")
+        if isinstance(choices, list) and choices and not _opens_only(choices[0]):
             came = counted - len(self._times) if isinstance(counted, int) else 1
             before_s = self._times[-1] if self._times else now_s
             self._times += [before_s + (now_s - before_s) * part / came for part in range(1, came + 1)]
+
+
+def _opens_only(choice: object) -> bool:
+    """Whether a chat event only says who speaks: no token made it."""
+    delta = choice.get("delta") if isinstance(choice, dict) else None
+    return (
+        isinstance(delta, dict) and "role" in delta and not any(delta.get(key) for key in delta if key != "role")
+    )
