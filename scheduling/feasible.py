@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from scheduling.decisions import Verdict
 from scheduling.ledger import Ledger
 from scheduling.load import Limits
-from scheduling.predict import DEFAULT_CHUNK_TOKENS, Prefill, steady_step_s, walk_prefill
+from scheduling.predict import DEFAULT_CHUNK_TOKENS, Prefill, expected_tpot_s, steady_step_s, walk_prefill
 from scheduling.requests import Request
 
 SLACK_RESERVE = 1.0
@@ -20,7 +20,11 @@ SLACK_RESERVE = 1.0
 
 @dataclass(slots=True)
 class Judgement:
-    """A verdict and the numbers it rests on; None where a cheaper check had decided already."""
+    """A verdict and the numbers it rests on; None where a cheaper check had decided already.
+
+    ``tpot_s`` is the steady step, which promises are checked against; ``expected_tpot_s`` the pace to expect with
+    other prompts in between.
+    """
 
     verdict: Verdict
     ttft_s: float | None = None
@@ -28,6 +32,7 @@ class Judgement:
     peak_kv_tokens: int | None = None
     pace_s: float = math.inf
     prefill: Prefill | None = None
+    expected_tpot_s: float | None = None
 
     @property
     def feasible(self) -> bool:
@@ -81,7 +86,11 @@ def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float) -> Judgeme
     prefill = walk_prefill(ledger, request, now_s, pace_s)
     ttft_s = now_s - request.arrival_s + prefill.service_s
     verdict = _wait_verdict(ledger, ask, prefill, now_s) if enforced else Verdict.FEASIBLE
-    return Judgement(verdict, ttft_s, steady_s, peak, pace_s, prefill)
+    expected_s = None
+    if verdict is Verdict.FEASIBLE:
+        # later placements keep this pace too, so prompts cannot stretch it beyond
+        expected_s = min(expected_tpot_s(ledger, steady_s, now_s), max(pace_s, steady_s))
+    return Judgement(verdict, ttft_s, steady_s, peak, pace_s, prefill, expected_s)
 
 
 def _wait_verdict(ledger: Ledger, ask: Ask, prefill: Prefill, now_s: float) -> Verdict:

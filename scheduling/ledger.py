@@ -26,6 +26,9 @@ from scheduling.requests import Request
 _BY_REMAINING = attrgetter("remaining_tokens")
 _NOTHING = LoadVector()
 
+PREFILL_MEMORY_S = 10.0
+"""Time constant of the mean rate at which prompts come to a backend."""
+
 
 class Resident:
     """One request on a backend, from the moment its place was asked for until its lease ends."""
@@ -116,6 +119,8 @@ class Ledger:
         "load",
         "peak_kv_tokens",
         "prefill_since_s",
+        "prefill_work",
+        "prefill_work_s",
         "queued",
         "queued_prefill_tokens",
         "queued_slack_floor",
@@ -143,6 +148,8 @@ class Ledger:
         self.step_s: float | None = None
         self.last_step_s: float | None = None
         self.prefill_since_s = -math.inf
+        self.prefill_work = 0.0
+        self.prefill_work_s = 0.0
         self.stored_decodes = self.stored_kv_tokens = self.stored_prefill_tokens = 0
         self.load = 0.0
         self._clear_sums()
@@ -168,6 +175,8 @@ class Ledger:
     def place(self, resident: Resident, now_s: float) -> None:
         if not any(not r.first_token for r in self.residents.values()):
             self.prefill_since_s = now_s
+        self.prefill_work = self._decayed_work(now_s) + resident.cost.prefill_tokens
+        self.prefill_work_s = now_s
         self.residents[resident.lease_id] = resident
         self.stored_decodes += resident.cost.decodes
         self.stored_kv_tokens += resident.cost.peak_kv_tokens
@@ -293,6 +302,13 @@ class Ledger:
     def kv_fraction(self) -> float:
         capacity = self.backend.limits.kv_tokens
         return self.peak_kv_tokens / capacity if capacity else 0.0
+
+    def _decayed_work(self, now_s: float) -> float:
+        return self.prefill_work * math.exp((self.prefill_work_s - now_s) / PREFILL_MEMORY_S)
+
+    def prefill_tokens_per_s(self, now_s: float) -> float:
+        """Prompt tokens that come to this backend per second, lately (a mean with an exponential memory)."""
+        return self._decayed_work(now_s) / PREFILL_MEMORY_S if self.prefill_work else 0.0
 
     def first_end_tokens(self) -> float | None:
         """Steps until the first resident is expected to end; None when there is none."""

@@ -12,7 +12,7 @@ from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge, limits_
 from scheduling.ledger import Ledger
 from scheduling.load import Cost, ReserveCandidate
 from scheduling.policies.protocol import Admission, Stage
-from scheduling.predict import steady_step_s, walk_prefill
+from scheduling.predict import expected_tpot_s, steady_step_s, walk_prefill
 
 RECORDED_CANDIDATES = 24
 """Candidates a decision names one by one; the rest are counted by verdict in its reason."""
@@ -92,8 +92,10 @@ def _judge_own(ledger: Ledger, ask: Ask, now_s: float) -> Judgement:
     prefill = walk_prefill(ledger, request, now_s, math.inf)
     ttft_s = now_s - request.arrival_s + prefill.service_s
     late = ledger.backend.calibrated and now_s + prefill.service_s * ledger.backend.margin > ask.ttft_due_s
-    verdict = Verdict.FIRST_TOKEN if late else Verdict.FEASIBLE
-    return Judgement(verdict, ttft_s, steady_s, peak, math.inf, prefill)
+    if late:
+        return Judgement(Verdict.FIRST_TOKEN, ttft_s, steady_s, peak, math.inf, prefill)
+    expected_s = expected_tpot_s(ledger, steady_s, now_s)
+    return Judgement(Verdict.FEASIBLE, ttft_s, steady_s, peak, math.inf, prefill, expected_s)
 
 
 def _found(seen: list[tuple[Ledger, Verdict, Judgement | None]], choice: Choice | None) -> Look:
@@ -109,7 +111,7 @@ def _found(seen: list[tuple[Ledger, Verdict, Judgement | None]], choice: Choice 
             ledger.tier,
             verdict,
             judged.ttft_s if judged else None,
-            judged.tpot_s if judged else ledger.floor_s,
+            (judged.expected_tpot_s or judged.tpot_s) if judged else ledger.floor_s,
             judged.peak_kv_tokens if judged else None,
             ledger.load,
         )

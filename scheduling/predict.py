@@ -18,6 +18,9 @@ from tiergate_engine.step import Step
 DEFAULT_CHUNK_TOKENS = 2048
 """Token budget of a step when neither probe nor configuration says one (vLLM's own default online)."""
 
+MOST_PREFILL_SHARE = 0.75
+"""Largest share of time that prompts are expected to take from decodes: beyond it no mean is meaningful."""
+
 
 @dataclass(slots=True)
 class Prefill:
@@ -48,6 +51,22 @@ def steady_step_s(ledger: Ledger, request: Request, peak_kv_tokens: int) -> floa
     There is no prefill in it: chunks are a matter of slack, see `scheduling.feasible`.
     """
     return ledger.backend.step_time.decode_seconds(ledger.seqs + request.sequences, peak_kv_tokens)
+
+
+def expected_tpot_s(ledger: Ledger, steady_s: float, now_s: float) -> float:
+    """The mean pace to expect: the steady step, stretched by the steps that carry other requests' prompts.
+
+    With m chunk-bearing steps a second that take t_mix instead of t, time per output token is
+    t / (1 - m (t_mix - t)). Prompts are expected to keep coming as they did lately.
+    """
+    chunk = max((ledger.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - ledger.seqs, 1)
+    chunks_per_s = ledger.prefill_tokens_per_s(now_s) / chunk
+    mixed_s = max(
+        ledger.backend.step_time.seconds_of(chunk, 1, 0, chunk * chunk / 2, ledger.seqs, ledger.kv_tokens),
+        steady_s,
+    )
+    busy = min(chunks_per_s * (mixed_s - steady_s), MOST_PREFILL_SHARE)
+    return steady_s / (1.0 - busy)
 
 
 def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) -> Prefill:

@@ -54,6 +54,7 @@ class SimResult:
 
     records: tuple[RequestRecord, ...]
     ttft_pairs_s: tuple[tuple[float, float], ...]  # predicted, actual
+    tpot_pairs_s: tuple[tuple[float, float], ...]
     backend_seconds: float
     preemptions: int
     outcomes: dict[str, int]
@@ -73,8 +74,9 @@ class SimFleet:
         self._streams: dict[str, _Stream] = {}
         self._by_backend: dict[str, dict[str, _Stream]] = {name: {} for name in engines}
         self._records: dict[str, RequestRecord] = {}
-        self._predicted_s: dict[str, float] = {}
-        self._pairs_s: list[tuple[float, float]] = []
+        self._predicted_s: dict[str, tuple[float | None, float | None]] = {}  # TTFT and TPOT by lease
+        self._ttft_pairs_s: list[tuple[float, float]] = []
+        self._tpot_pairs_s: list[tuple[float, float]] = []
         self._outcomes: dict[str, int] = {}
         self._wake_s: float | None = None
         self._preempted = 0
@@ -97,7 +99,8 @@ class SimFleet:
         )
         return SimResult(
             records,
-            tuple(self._pairs_s),
+            tuple(self._ttft_pairs_s),
+            tuple(self._tpot_pairs_s),
             self.dispatcher.fleet.backend_seconds(self.now_s),
             sum(engine.model.preemptions for engine in self._engines.values()),
             dict(self._outcomes),
@@ -137,8 +140,8 @@ class SimFleet:
                 outcome = decision.outcome.value
                 self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
                 chosen = [candidate for candidate in decision.candidates if candidate.backend == backend]
-                if chosen and chosen[-1].ttft_s is not None:
-                    self._predicted_s[lease_id] = chosen[-1].ttft_s
+                if chosen:
+                    self._predicted_s[lease_id] = (chosen[-1].ttft_s, chosen[-1].tpot_s)
                 self._open(request_id, lease_id, backend)
             case ev.Refuse(request_id, refusal):
                 self._outcomes["refused"] = self._outcomes.get("refused", 0) + 1
@@ -175,15 +178,21 @@ class SimFleet:
             stream = self._streams[token.sequence_id]
             stream.token_times_s.append(self.now_s)
             if token.index == 0:
-                request = stream.sim.request
-                if stream.lease_id in self._predicted_s:
-                    self._pairs_s.append((self._predicted_s[stream.lease_id], self.now_s - request.arrival_s))
                 self._tell(ev.FirstToken(stream.lease_id))
             if token.finished:
                 del self._streams[stream.lease_id]
                 del self._by_backend[backend][stream.lease_id]
+                self._score_prediction(stream)
                 self._record(stream.sim, RequestEnd.FINISHED, stream.token_times_s, None)
                 self._tell(ev.Ended(stream.lease_id, ev.EndKind.FINISHED, token.index + 1))
+
+    def _score_prediction(self, stream: _Stream) -> None:
+        ttft_s, tpot_s = self._predicted_s.get(stream.lease_id, (None, None))
+        times_s = stream.token_times_s
+        if ttft_s is not None:
+            self._ttft_pairs_s.append((ttft_s, times_s[0] - stream.sim.request.arrival_s))
+        if tpot_s is not None and len(times_s) > 1:
+            self._tpot_pairs_s.append((tpot_s, (times_s[-1] - times_s[0]) / (len(times_s) - 1)))
 
     def _progress(self) -> None:
         """Read the streams' counters, backend by backend."""

@@ -1,0 +1,85 @@
+"""Child processes of the demo: they end when it ends, whatever ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import aiohttp
+
+from tiergate.commands import CommandFailed
+
+_STOP_S = 8.0
+_TAIL_LINES = 15
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, for an error message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-_TAIL_LINES:])
+
+
+@contextlib.asynccontextmanager
+async def tiergate(arguments: Sequence[str], log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`tiergate ARGUMENTS` in a process and session of its own, its output in `log`, stopped on the way out."""
+    with log.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tiergate", *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        await _stop(process)
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(_STOP_S):
+            await process.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def ready(
+    http: aiohttp.ClientSession, url: str, process: asyncio.subprocess.Process, log: Path, within_s: float = 30.0
+) -> None:
+    """Wait until `url` answers 200. Raises CommandFailed when the process ends first, or time is up."""
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                if process.returncode is not None:
+                    raise CommandFailed(f"a process of the demo ended with {process.returncode}:\n{tail(log)}")
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with http.get(url) as answer:
+                        if answer.status == 200:
+                            return
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise CommandFailed(f"{url} did not answer within {within_s:.0f} s:\n{tail(log)}") from None
