@@ -29,10 +29,10 @@ class _Way(Enum):
 class HttpConnection:
     """Streams completions through an adapter. One instance measures one model.
 
-    Prompts are random token ids to `/v1/completions`, so that no prefix is cached and their length is exact. A server
-    that refuses ids, or the option that keeps answers going (`ignore_eos`), is asked again with words, which stand
-    for tokens, and one that refuses those too by `/v1/chat/completions`; `usage` says how many tokens there were.
-    What was refused once is not tried again.
+    Prompts are random token ids to `/v1/completions`, so that no prefix is cached and their length is exact. A
+    server that refuses ids, or the option that keeps answers going (`ignore_eos`), is asked again with words, which
+    stand for tokens, and one that refuses those too by `/v1/chat/completions`; `usage` says how many tokens there
+    were. What was refused once is not tried again.
     """
 
     def __init__(self, adapter: Adapter, model: str, seed: int) -> None:
@@ -179,6 +179,6 @@ class _Events:
 def _opens_only(choice: object) -> bool:
     """Whether a chat event only says who speaks: no token made it."""
     delta = choice.get("delta") if isinstance(choice, dict) else None
-    return (
-        isinstance(delta, dict) and "role" in delta and not any(delta.get(key) for key in delta if key != "role")
-    )
+    if not isinstance(delta, dict) or "role" not in delta:
+        return False
+    return not any(value for key, value in delta.items() if key != "role")
