@@ -5,7 +5,8 @@
 * ``predict``: a forward walk over one backend's steps: TTFT, TPOT, peak KV, load.
 * ``feasible``: does a prediction keep every promise, the request's own and every resident's.
 * ``policies``: rank candidates, choose, order the held; one small file each.
-* ``placing``: one look over the fleet; ``refusing``: when waiting cannot help; ``elastic``: claims and hand-backs.
+* ``ladder``: how a request finds its place: ``placing`` (one look over the fleet), ``elastic`` (claims and
+  hand-backs), ``refusing`` (when waiting cannot help).
 * ``dispatcher``: a pure state machine: events in, actions out (``events``). Shells carry actions out and nothing
   else; ``desk`` and ``tickets`` keep its requests.
 * ``scoring``: attainment, goodput and slack, for load generator, simulator and dashboard alike.

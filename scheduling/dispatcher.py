@@ -13,26 +13,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from random import Random
 
 from scheduling import events as ev
 from scheduling.backends import BackendState
-from scheduling.decisions import Decision, Outcome, Refusal, RefusalKind
+from scheduling.decisions import Refusal, RefusalKind
 from scheduling.desk import RELEGATED, Counts, Desk
-from scheduling.elastic import Elastic
 from scheduling.feasible import Ask
 from scheduling.fleet import Fleet, is_open
-from scheduling.ledger import Ledger, Resident, expected_output_tokens
+from scheduling.ladder import Ladder
+from scheduling.ledger import Ledger, expected_output_tokens
 from scheduling.lengths import FixedLength, LengthModel
 from scheduling.load import LoadVector
 from scheduling.options import Options
-from scheduling.placing import Choice, Look, candidate_for, look, reason_for
-from scheduling.policies.protocol import Policy, Stage
-from scheduling.refusing import at_once, latest_start_s, retry_after_s, too_late
+from scheduling.placing import Look
+from scheduling.policies.protocol import Policy
+from scheduling.refusing import at_once, latest_start_s
 from scheduling.requests import Request
 from scheduling.tickets import Phase, Ticket
-from scheduling.tiers import OnMiss, TierSet
+from scheduling.tiers import TierSet
 
 _DEFAULT_LENGTH = FixedLength()
 
@@ -47,7 +46,8 @@ class Dispatcher:
         self._rng = rng
         self._desk = Desk()
         self._lengths: dict[tuple[str, str], LengthModel] = {}
-        self._elastic = Elastic(self.fleet, self.options.handback_checks)
+        self._ladder = Ladder(self.fleet, self._desk, policy, self.options)
+        self._elastic = self._ladder.elastic
         self._blocked: set[str] = set()
         self._next_handback_s = math.inf  # set when the first backend comes
         self._next_round_s = math.inf
@@ -121,127 +121,26 @@ class Dispatcher:
             math.inf if request.slo.tpot_s is None else request.slo.tpot_s,
             request.slo.deadline_s(request.arrival_s, 0),
         )
-        ticket = Ticket(request, tier, ask)
+        ticket = Ticket(request, tier, ask, lengths)
         self._desk.arrive(ticket)
         self.fleet.note_demand(tier.name, now_s)
         if self.policy.uses_tiers:
             self._elastic.note_demand(ticket)
         refusal = at_once(ticket, self.fleet)
         if refusal is not None:
-            self._refuse(ticket, refusal, now_s, out)
+            self._ladder.refuse(ticket, refusal, now_s, out)
         else:
-            self._place_or_hold(ticket, now_s, out)
-
-    def _place_or_hold(self, ticket: Ticket, now_s: float, out: list[ev.Action]) -> None:
-        found = self._look(ticket, now_s)
-        if found.choice is not None:
-            self._reserve(ticket, found.choice, found, now_s, out)
-            return
-        if not ticket.relegated:
-            until_s = latest_start_s(ticket, self.fleet, now_s)
-            if until_s <= now_s:
-                self._give_up_promise(ticket, found, now_s, out)
-                return
-            ticket.until_s = until_s
-        if self.counts.held >= self.options.max_held:
-            message = f"{self.counts.held} requests are held already"
-            self._refuse(
-                ticket, Refusal(RefusalKind.SATURATED, message, self._retry_after_s(ticket, now_s)), now_s, out
-            )
-            return
-        self._hold(ticket, found, now_s, out)
-
-    def _look(self, ticket: Ticket, now_s: float) -> Look:
-        policy, request = self.policy, ticket.request
-        stages = policy.last_resort if ticket.relegated else policy.stages
-        return look(
-            stages(request, ticket.tier, self.fleet, now_s), ticket.ask, policy.admission, now_s, ticket.excluded
-        )
-
-    def _hold(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
-        claim = self._claim_for(ticket, now_s)
-        outcome = Outcome.CLAIMED if claim is not None else Outcome.HELD
-        reason = f"nothing fits now: {found.why()}"
-        if claim is not None:
-            reason = f"{reason}; taking {claim.backend} for tier {claim.tier}"
-        decision = self._decide(ticket, outcome, reason, None, found, now_s)
-        self._desk.hold(ticket, self.policy.held_key(ticket.request))
-        out.append(ev.Hold(ticket.request.request_id, ticket.until_s, decision))
-        if claim is not None:
-            out.append(claim)
-
-    def _give_up_promise(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
-        """Its first token cannot be on time any more: refuse, or serve with what is left."""
-        request = ticket.request
-        if request.slo_stated and ticket.tier.on_miss is OnMiss.REFUSE:
-            refusal = too_late(ticket, found, self._retry_after_s(ticket, now_s), now_s)
-            self._refuse(ticket, refusal, now_s, out, found)
-            return
-        ticket.relegated = True
-        ticket.until_s = math.inf
-        ticket.ask = replace(ticket.ask, own_tpot_s=math.inf, ttft_due_s=math.inf)
-        again = self._look(ticket, now_s)
-        if again.choice is not None:
-            self._reserve(ticket, again.choice, again, now_s, out)
-        else:
-            self._hold(ticket, again, now_s, out)
-
-    def _reserve(self, ticket: Ticket, choice: Choice, found: Look, now_s: float, out: list[ev.Action]) -> None:
-        request = ticket.request
-        ledger = choice.ledger
-        ticket.attempts += 1
-        lease_id = f"{request.request_id}#{ticket.attempts}"
-        candidate = candidate_for(choice, ticket.ask)
-        guest = choice.outcome is Outcome.PROMOTED
-        resident = Resident(lease_id, request, candidate.cost, self._lengths_of(request), now_s, guest=guest)
-        resident.lost = ticket.relegated
-        if choice.judged.prefill is not None:
-            resident.expected_first_s = now_s + choice.judged.prefill.service_s
-        ledger.place(resident, now_s)
-        self.fleet.reorder(ledger)
-        ticket.resident = resident
-        outcome = Outcome.RELEGATED if ticket.relegated else choice.outcome
-        decision = self._decide(ticket, outcome, reason_for(outcome, choice), ledger.backend.name, found, now_s)
-        self._desk.lease(ticket, lease_id, ledger.backend.name)
-        out.append(ev.Reserve(request.request_id, lease_id, (candidate,), decision))
-
-    def _decide(
-        self, ticket: Ticket, outcome: Outcome, reason: str, backend: str | None, found: Look | None, now_s: float
-    ) -> Decision:
-        decision = Decision(
-            ticket.request.request_id,
-            now_s,
-            outcome,
-            reason,
-            backend,
-            found.candidates if found else (),
-            found.looked_at if found else 0,
-        )
-        ticket.decision = decision
-        ticket.outcome = outcome
-        return decision
-
-    def _refuse(
-        self, ticket: Ticket, refusal: Refusal, now_s: float, out: list[ev.Action], found: Look | None = None
-    ) -> None:
-        decision = self._decide(ticket, Outcome.REFUSED, refusal.message, None, found, now_s)
-        self._desk.refuse(ticket)
-        out.append(ev.Refuse(ticket.request.request_id, refusal, decision))
-
-    def _retry_after_s(self, ticket: Ticket, now_s: float) -> float:
-        held = self._desk.queued(ticket.tier.name)
-        return retry_after_s(ticket, self.policy, self.fleet, held, now_s)
-
-    def _claim_for(self, ticket: Ticket, now_s: float) -> ev.Claim | None:
-        return self._elastic.claim_for(ticket, now_s) if self.policy.uses_tiers else None
+            self._ladder.place_or_hold(ticket, now_s, out)
 
     # --- the store's answers -------------------------------------------------------------------------------
 
     def _reserved(self, event: ev.Reserved, now_s: float, out: list[ev.Action]) -> None:
         ticket = self._desk.of_lease(event.lease_id)
-        if ticket is None or ticket.phase is not Phase.RESERVING:
+        if ticket is None:
             out.append(ev.Release(event.lease_id, event.backend))
             return
+        if ticket.phase is not Phase.RESERVING:
+            return  # the same answer again
         if ticket.gone:
             self._leave(ticket, now_s, out, released=True)
             self._desk.end(ticket, ev.EndKind.CANCELLED)
@@ -270,11 +169,11 @@ class Dispatcher:
             return
         ticket.store_refusals += 1
         if ticket.store_refusals <= self.options.max_store_refusals:
-            self._place_or_hold(ticket, now_s, out)
+            self._ladder.place_or_hold(ticket, now_s, out)
         else:
             ticket.store_refusals = 0
             ticket.until_s = latest_start_s(ticket, self.fleet, now_s)
-            self._hold(ticket, Look(None, (), 0, {}), now_s, out)
+            self._ladder.hold(ticket, Look(None, (), 0, {}), now_s, out)
 
     def _leave(self, ticket: Ticket, now_s: float, out: list[ev.Action], *, released: bool) -> Ledger | None:
         """Take a ticket's resident off its backend; `released`: the store has to be told too."""
@@ -307,10 +206,10 @@ class Dispatcher:
             ticket.excluded |= {name} if name else frozenset()
             ticket.cause = event.cause
             if self._may_retry(ticket):
-                self._place_or_hold(ticket, now_s, out)
+                self._ladder.place_or_hold(ticket, now_s, out)
             else:
                 message = f"{ticket.attempts} backends failed before the first token; the last: {event.cause}"
-                self._refuse(ticket, Refusal(RefusalKind.FAILED, message, 1.0), now_s, out)
+                self._ladder.refuse(ticket, Refusal(RefusalKind.FAILED, message, 1.0), now_s, out)
         if ledger is not None:
             self._offer(ledger, now_s, out)
 
@@ -391,25 +290,8 @@ class Dispatcher:
             queue = self._desk.queue(name)
             while queue:
                 ticket = queue.head()
-                if ticket is None or not self._try_on(ticket, ledger, now_s, out):
+                if ticket is None or not self._ladder.try_on(ticket, ledger, now_s, out):
                     break
-
-    def _try_on(self, ticket: Ticket, ledger: Ledger, now_s: float, out: list[ev.Action]) -> bool:
-        stage = self._stage_on(ticket, ledger, now_s)
-        if stage is None:
-            return False
-        found = look((stage,), ticket.ask, self.policy.admission, now_s, ticket.excluded)
-        if found.choice is None:
-            return False
-        self._reserve(ticket, found.choice, found, now_s, out)
-        return True
-
-    def _stage_on(self, ticket: Ticket, ledger: Ledger, now_s: float) -> Stage | None:
-        if ticket.relegated and self.policy.uses_tiers:
-            if ledger.tier is None:
-                return None
-            return Stage(Outcome.RELEGATED, (ledger,), self.fleet.host_tpot_s(ledger, now_s))
-        return self.policy.stage_on(ticket.tier, ledger, self.fleet, now_s)
 
     def _offer_all(self, now_s: float, out: list[ev.Action]) -> None:
         for ledger in list(self.fleet):
@@ -417,12 +299,12 @@ class Dispatcher:
 
     def _time_passed(self, event: ev.TimePassed, now_s: float, out: list[ev.Action]) -> None:
         for ticket in self._desk.due(now_s):
-            found = self._look(ticket, now_s)
+            found = self._ladder.look_over(ticket, now_s)
             if found.choice is not None:
-                self._reserve(ticket, found.choice, found, now_s, out)
+                self._ladder.reserve(ticket, found.choice, found, now_s, out)
             else:
                 self._desk.unhold(ticket)
-                self._give_up_promise(ticket, found, now_s, out)
+                self._ladder.give_up_promise(ticket, found, now_s, out)
         for name in [name for name in self._blocked if self.fleet[name].blocked_until_s <= now_s]:
             self._blocked.discard(name)
             self._offer(self.fleet[name], now_s, out)
@@ -459,7 +341,7 @@ class Dispatcher:
         queue = self._desk.queue(tier)
         ticket = queue.head() if queue else None
         if ticket is not None:
-            claim = self._claim_for(ticket, now_s)
+            claim = self._ladder.claim_for(ticket, now_s)
             if claim is not None:
                 out.append(claim)
 
@@ -504,7 +386,7 @@ class Dispatcher:
             for ticket in queue.live() if queue else ():
                 self._desk.unhold(ticket)
                 ticket.tier = default
-                self._place_or_hold(ticket, now_s, out)
+                self._ladder.place_or_hold(ticket, now_s, out)
         self._offer_all(now_s, out)
 
     def _lengths_changed(self, event: ev.LengthsChanged, now_s: float, out: list[ev.Action]) -> None:

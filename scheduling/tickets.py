@@ -8,6 +8,7 @@ from enum import Enum
 from scheduling.decisions import Decision, Outcome
 from scheduling.feasible import Ask
 from scheduling.ledger import Resident
+from scheduling.lengths import LengthModel
 from scheduling.requests import Request
 from scheduling.tiers import Tier
 
@@ -44,6 +45,7 @@ class Ticket:
         "gone",
         "held_number",
         "lease_id",
+        "lengths",
         "outcome",
         "phase",
         "relegated",
@@ -54,10 +56,11 @@ class Ticket:
         "until_s",
     )
 
-    def __init__(self, request: Request, tier: Tier, ask: Ask) -> None:
+    def __init__(self, request: Request, tier: Tier, ask: Ask, lengths: LengthModel) -> None:
         self.request = request
         self.tier = tier
         self.ask = ask
+        self.lengths = lengths
         self.phase = Phase.NEW
         self.attempts = 0
         self.store_refusals = 0

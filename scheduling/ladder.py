@@ -1,0 +1,158 @@
+"""How one request finds its place, or learns that there is none.
+
+The rungs (PolyServe §4.2-4.4): what the policy's stages offer -> a claim for its tier -> hold, by deadline -> an
+honest refusal, or whatever is left where its tier says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from scheduling import events as ev
+from scheduling.decisions import Decision, Outcome, Refusal, RefusalKind
+from scheduling.desk import Desk
+from scheduling.elastic import Elastic
+from scheduling.fleet import Fleet
+from scheduling.ledger import Ledger, Resident
+from scheduling.options import Options
+from scheduling.placing import Choice, Look, candidate_for, look, reason_for
+from scheduling.policies.protocol import Policy, Stage
+from scheduling.refusing import latest_start_s, retry_after_s, too_late
+from scheduling.tickets import Ticket
+from scheduling.tiers import OnMiss
+
+
+class Ladder:
+    """Takes a ticket to its next phase; the actions that follow are appended to `out`."""
+
+    def __init__(self, fleet: Fleet, desk: Desk, policy: Policy, options: Options) -> None:
+        self._fleet = fleet
+        self._desk = desk
+        self._policy = policy
+        self._options = options
+        self._elastic = Elastic(fleet, options.handback_checks)
+
+    @property
+    def elastic(self) -> Elastic:
+        return self._elastic
+
+    def place_or_hold(self, ticket: Ticket, now_s: float, out: list[ev.Action]) -> None:
+        found = self.look_over(ticket, now_s)
+        if found.choice is not None:
+            self.reserve(ticket, found.choice, found, now_s, out)
+            return
+        if not ticket.relegated:
+            until_s = latest_start_s(ticket, self._fleet, now_s)
+            if until_s <= now_s:
+                self.give_up_promise(ticket, found, now_s, out)
+                return
+            ticket.until_s = until_s
+        if self._desk.counts.held >= self._options.max_held:
+            message = f"{self._desk.counts.held} requests are held already"
+            self.refuse(
+                ticket, Refusal(RefusalKind.SATURATED, message, self._retry_after_s(ticket, now_s)), now_s, out
+            )
+            return
+        self.hold(ticket, found, now_s, out)
+
+    def look_over(self, ticket: Ticket, now_s: float) -> Look:
+        policy, request = self._policy, ticket.request
+        stages = policy.last_resort if ticket.relegated else policy.stages
+        return look(
+            stages(request, ticket.tier, self._fleet, now_s), ticket.ask, policy.admission, now_s, ticket.excluded
+        )
+
+    def hold(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
+        claim = self.claim_for(ticket, now_s)
+        outcome = Outcome.CLAIMED if claim is not None else Outcome.HELD
+        reason = f"nothing fits now: {found.why()}"
+        if claim is not None:
+            reason = f"{reason}; taking {claim.backend} for tier {claim.tier}"
+        decision = self._decide(ticket, outcome, reason, None, found, now_s)
+        self._desk.hold(ticket, self._policy.held_key(ticket.request))
+        out.append(ev.Hold(ticket.request.request_id, ticket.until_s, decision))
+        if claim is not None:
+            out.append(claim)
+
+    def give_up_promise(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
+        """Its first token cannot be on time any more: refuse, or serve with what is left."""
+        request = ticket.request
+        if request.slo_stated and ticket.tier.on_miss is OnMiss.REFUSE:
+            refusal = too_late(ticket, found, self._retry_after_s(ticket, now_s), now_s)
+            self.refuse(ticket, refusal, now_s, out, found)
+            return
+        ticket.relegated = True
+        ticket.until_s = math.inf
+        ticket.ask = replace(ticket.ask, own_tpot_s=math.inf, ttft_due_s=math.inf)
+        again = self.look_over(ticket, now_s)
+        if again.choice is not None:
+            self.reserve(ticket, again.choice, again, now_s, out)
+        else:
+            self.hold(ticket, again, now_s, out)
+
+    def reserve(self, ticket: Ticket, choice: Choice, found: Look, now_s: float, out: list[ev.Action]) -> None:
+        request = ticket.request
+        ledger = choice.ledger
+        ticket.attempts += 1
+        lease_id = f"{request.request_id}#{ticket.attempts}"
+        candidate = candidate_for(choice, ticket.ask)
+        guest = choice.outcome is Outcome.PROMOTED
+        resident = Resident(lease_id, request, candidate.cost, ticket.lengths, now_s, guest=guest)
+        resident.lost = ticket.relegated
+        if choice.judged.prefill is not None:
+            resident.expected_first_s = now_s + choice.judged.prefill.service_s
+        ledger.place(resident, now_s)
+        self._fleet.reorder(ledger)
+        ticket.resident = resident
+        outcome = Outcome.RELEGATED if ticket.relegated else choice.outcome
+        decision = self._decide(ticket, outcome, reason_for(outcome, choice), ledger.backend.name, found, now_s)
+        self._desk.lease(ticket, lease_id, ledger.backend.name)
+        out.append(ev.Reserve(request.request_id, lease_id, (candidate,), decision))
+
+    def _decide(
+        self, ticket: Ticket, outcome: Outcome, reason: str, backend: str | None, found: Look | None, now_s: float
+    ) -> Decision:
+        decision = Decision(
+            ticket.request.request_id,
+            now_s,
+            outcome,
+            reason,
+            backend,
+            found.candidates if found else (),
+            found.looked_at if found else 0,
+        )
+        ticket.decision = decision
+        ticket.outcome = outcome
+        return decision
+
+    def refuse(
+        self, ticket: Ticket, refusal: Refusal, now_s: float, out: list[ev.Action], found: Look | None = None
+    ) -> None:
+        decision = self._decide(ticket, Outcome.REFUSED, refusal.message, None, found, now_s)
+        self._desk.refuse(ticket)
+        out.append(ev.Refuse(ticket.request.request_id, refusal, decision))
+
+    def _retry_after_s(self, ticket: Ticket, now_s: float) -> float:
+        held = self._desk.queued(ticket.tier.name)
+        return retry_after_s(ticket, self._policy, self._fleet, held, now_s)
+
+    def claim_for(self, ticket: Ticket, now_s: float) -> ev.Claim | None:
+        return self._elastic.claim_for(ticket, now_s) if self._policy.uses_tiers else None
+
+    def try_on(self, ticket: Ticket, ledger: Ledger, now_s: float, out: list[ev.Action]) -> bool:
+        stage = self._stage_on(ticket, ledger, now_s)
+        if stage is None:
+            return False
+        found = look((stage,), ticket.ask, self._policy.admission, now_s, ticket.excluded)
+        if found.choice is None:
+            return False
+        self.reserve(ticket, found.choice, found, now_s, out)
+        return True
+
+    def _stage_on(self, ticket: Ticket, ledger: Ledger, now_s: float) -> Stage | None:
+        if ticket.relegated and self._policy.uses_tiers:
+            if ledger.tier is None:
+                return None
+            return Stage(Outcome.RELEGATED, (ledger,), self._fleet.host_tpot_s(ledger, now_s))
+        return self._policy.stage_on(ticket.tier, ledger, self._fleet, now_s)
