@@ -30,7 +30,7 @@ class HttpConnection:
     """Streams completions through an adapter. One instance measures one model.
 
     Prompts are random token ids to `/v1/completions`, so that no prefix is cached and their length is exact. A
-    server that refuses ids, or the option that keeps answers going (`ignore_eos`), is asked again with words, which
+    server that refuses ids, or the option that keeps answers going (`ignore_eos`), is asked again with words that
     stand for tokens, and one that refuses those too by `/v1/chat/completions`; `usage` says how many tokens there
     were. What was refused once is not tried again.
     """
