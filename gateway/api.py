@@ -97,7 +97,12 @@ class Api:
         too_large = TooLarge(f"the body is larger than {limit} bytes (limits.body_bytes)", code="body_too_large")
         if http.content_length is not None and http.content_length > limit:
             raise too_large
+        if http.headers.get("expect", "").lower() == "100-continue":
+            await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            http.writer.output_size = 0
         try:
+            if http.content.is_eof():  # all of it is here, as for most requests: no timer is needed
+                return await http.read()
             async with asyncio.timeout(settings.timeouts.body_s):
                 return await http.read()
         except web.HTTPRequestEntityTooLarge:

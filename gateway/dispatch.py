@@ -152,9 +152,16 @@ class Shell:
         return Ticket(self, request)
 
     def arrived(self, ticket: Ticket) -> None:
+        """A request came in."""
         self._tickets[ticket.request.request_id] = ticket
         self.counts.arrived += 1
-        self.feed(Arrived(ticket.request))
+        try:
+            self.feed(Arrived(ticket.request))
+        except BaseException:
+            # The core does not know it, and its handler will not come back to end it.
+            self._leave(ticket)
+            self.counts.failed += 1
+            raise
 
     async def reserve(self, order: Reserve) -> None:
         """Ask the store for a place and tell the core what it said."""

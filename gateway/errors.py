@@ -126,14 +126,14 @@ class Unavailable(ApiError):
         return {"Retry-After": "1"}
 
 
-def of_refusal(refusal: Refusal) -> ApiError:
-    """The answer to a request that the dispatcher turned away."""
+def of_refusal(refusal: Refusal, prompt_field: str) -> ApiError:
+    """The answer to a request that the dispatcher turned away. `prompt_field` is where its prompt stood."""
     code = refusal.kind.value
     match refusal.kind:
         case RefusalKind.TOO_LATE | RefusalKind.SATURATED:
             return Refused(refusal.message, code=code, retry_after_s=refusal.retry_after_s)
         case RefusalKind.TOO_LONG:
-            return InvalidRequest(refusal.message, param="messages", code="context_length_exceeded")
+            return InvalidRequest(refusal.message, param=prompt_field, code="context_length_exceeded")
         case RefusalKind.NO_BACKEND:
             return Unavailable(refusal.message, code=code)
         case RefusalKind.FAILED:

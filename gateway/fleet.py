@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from adapters.contract import Adapter, Capabilities, EngineLoad, UpstreamError
+from adapters.contract import Adapter, Capabilities, EngineLoad, Unsupported, UpstreamError
 from gateway.config import BackendSettings, HealthSettings, engine_limits
 from gateway.dispatch import PrefillSample, Shell, StepSample
 from scheduling.backends import Backend, BackendState, EngineLimits
@@ -23,6 +24,7 @@ log = logging.getLogger("tiergate.fleet")
 _FIRST_RETRY_S = 0.2
 _LAST_RETRY_S = 5.0
 _LEARN_EVERY_S = 1.0
+_COUNT_S = 0.1  # an exact count that comes later than this is worth less than an estimate now
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,17 @@ class GatewayFleet:
                 return None
             longest = max(longest, backend.limits.max_model_tokens)
         return longest or None
+
+    async def count_tokens(self, model: str, fields: Mapping[str, object]) -> int | None:
+        """Exact prompt tokens by an engine that can tell quickly; None when none can."""
+        member = self.any_up(model)
+        if member is None or member.adapter is None:
+            return None
+        try:
+            async with asyncio.timeout(_COUNT_S):
+                return await member.adapter.count_tokens(fields)
+        except (Unsupported, UpstreamError, TimeoutError):
+            return None
 
     def any_up(self, model: str | None) -> Member | None:
         """A backend for a request that needs no place: the first that is up and serves the model."""

@@ -155,7 +155,7 @@ class Exchange:
         self._parts.telemetry.refused(self._call.request, order.refusal.kind.value)
         if failure is not None and order.refusal.kind.value == "upstream_failed":
             return UpstreamFailed(f"{order.refusal.message} (last: {failure})", code=failure.failure.value)
-        return of_refusal(order.refusal)
+        return of_refusal(order.refusal, self._call.route.prompt_field)
 
     async def _pass_rejection(self, rejected: Rejected) -> web.StreamResponse:
         if self._client.begun:
@@ -233,7 +233,7 @@ class Exchange:
             headers["x-tiergate-backend"] = decision.backend
             ttft_s, tpot_s = predicted(decision)
             if ttft_s is not None:
-                headers["x-tiergate-ttft-ms"] = f"{(ttft_s + waited_s) * 1e3:.1f}"
+                headers["x-tiergate-ttft-ms"] = f"{ttft_s * 1e3:.1f}"
             if tpot_s is not None:
                 headers["x-tiergate-tpot-ms"] = f"{tpot_s * 1e3:.2f}"
         return headers
@@ -249,8 +249,6 @@ class Exchange:
             parts.decisions.add(self._public_id, decision)
         if placed:
             ttft_s, tpot_s = (None, None) if decision is None else predicted(decision)
-            if ttft_s is not None and decision is not None:
-                ttft_s += max(0.0, decision.at_s - request.arrival_s)
             kind = self._kind
             attained = parts.telemetry.ended(request, self._meter, kind, now_s, (ttft_s, tpot_s))
         if parts.log.on:
@@ -281,7 +279,7 @@ class Exchange:
 
 
 def predicted(decision: Decision) -> tuple[float | None, float | None]:
-    """(TTFT from the decision on, TPOT) that were predicted for the chosen backend, in seconds."""
+    """(TTFT from arrival on, TPOT) that were predicted for the chosen backend, in seconds."""
     for candidate in decision.candidates:
         if candidate.backend == decision.backend:
             return candidate.ttft_s, candidate.tpot_s

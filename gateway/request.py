@@ -64,6 +64,10 @@ class Models(Protocol):
         """The longest prompt plus answer that any backend takes; None when it is not known."""
         ...
 
+    async def count_tokens(self, model: str, fields: Mapping[str, object]) -> int | None:
+        """Exact prompt tokens by an engine; None when none can tell."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -114,7 +118,11 @@ class RequestParser:
             raise InvalidRequest(
                 f"n times the number of prompts is {sequences}; at most {_MAX_SEQUENCES} are taken", param="n"
             )
-        prompt_tokens = await prompt.tokens(model, self._counter)
+        prompt_tokens = None
+        if self._counter.asks_engine and not self._counter.exact(model) and prompt.prompts == 1:
+            prompt_tokens = await self._models.count_tokens(model, fields)
+        if prompt_tokens is None:
+            prompt_tokens = await prompt.tokens(model, self._counter)
         # Counting may wait for a thread; the tiers are those of the moment the request enters the core.
         now = tiers()
         asked, stated = asked_slo(fields, headers, caller, now)

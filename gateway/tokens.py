@@ -58,6 +58,7 @@ class TokenCounter:
 
     def __init__(self, settings: TokenSettings, tokenizers: Mapping[str, Tokenizer]) -> None:
         self._prior = settings.chars_per_token
+        self.asks_engine = settings.engine
         self._tokenizers = tokenizers
         self._ratios: dict[str, _Ratio] = {}
 

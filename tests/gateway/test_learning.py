@@ -93,3 +93,11 @@ async def test_live_streams_teach_ratio_and_lengths() -> None:
         await settled(made)
         # 11 characters were 11 tokens by the engine's usage, so the estimate moves from 4 towards 1 a token.
         assert made.counter.estimate("test-model", 4_000) > 1_000
+
+
+async def test_an_engine_counts_tokens_when_asked() -> None:
+    async with engine() as one, gateway(settings_for(one, tokens={"engine": True})) as made, client(made) as ask:
+        async with ask.chat(headers={"x-request-id": "counted"}) as answer:
+            await answer.read()
+        assert await made.fleet.count_tokens("test-model", {"model": "test-model", "prompt": "x"}) == 3
+        assert await made.fleet.count_tokens("nobody", {}) is None

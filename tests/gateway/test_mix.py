@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from gateway.app import Gateway
 from tests.gateway.rig import (
     DONE,
+    MODEL,
     ROLE,
     Client,
     Engine,
@@ -167,3 +168,25 @@ async def test_a_body_beyond_the_limit_is_413() -> None:
 
         async with ask.session.post(f"{ask.base}/v1/completions", data=endless()) as answer:
             assert answer.status == 413
+
+
+async def test_a_client_that_expects_100_continue_gets_it() -> None:
+    async with engine() as one, gateway(settings_for(one)) as made:
+        reader, writer = await asyncio.open_connection("127.0.0.1", made.port)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n"
+        writer.write(head)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 Continue")
+        writer.write(b"{}")
+        assert (await reader.readline()).split(b" ")[1] == b"400"
+        writer.transport.abort()
+
+
+async def test_a_prompt_longer_than_any_backend_takes() -> None:
+    async with engine() as one, gateway(settings_for(one)) as made, client(made) as ask:
+        prompt = {"model": MODEL, "prompt": [1] * 9_000}
+        async with ask.session.post(f"{ask.base}/v1/completions", json=prompt) as answer:
+            error = (await answer.json())["error"]
+        assert (answer.status, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
+        assert "8192" in error["message"]
+        await settled(made)
+        assert idle(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -25,6 +26,9 @@ class _Models:
 
     def max_model_tokens(self, model: str) -> int | None:
         return 8192
+
+    async def count_tokens(self, model: str, fields: Mapping[str, object]) -> int | None:
+        return 321
 
 
 async def _parse(
@@ -176,3 +180,18 @@ async def test_what_a_request_costs() -> None:
     assert (embedding.sequences, embedding.max_output_tokens) == (2, 1)
     anthropic = {"model": "m", "messages": _CHAT["messages"], "system": [{"type": "text", "text": "x" * 400}]}
     assert (await _parse(anthropic, path="/v1/messages")).request.prompt_tokens >= 100
+
+
+async def test_the_engine_is_asked_for_the_count_only_when_told_to() -> None:
+    for asks, tokens in ((True, 321), (False, 5)):
+        counter = TokenCounter(TokenSettings(engine=asks), {})
+        call = await RequestParser(counter, _Models()).parse(
+            ROUTES[0],
+            orjson.dumps(_CHAT),
+            {},
+            caller=Caller(),
+            tiers=lambda: _TIERS,
+            request_id="r",
+            arrival_s=1.0,
+        )
+        assert call.request.prompt_tokens == tokens

@@ -89,6 +89,7 @@ async def serve(args: argparse.Namespace, settings: Settings, wiring: Wiring) ->
     # What is alive now lives as long as the process; the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     again = asyncio.Event()
