@@ -130,7 +130,8 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
     """Prompt tokens before the newcomer's, and seconds until the step in flight ends.
 
     The queue's own progress is not seen from outside: it is taken to have run since its head began. A phase
-    that is unknown counts as a whole step, because this is for admission.
+    that is unknown counts as a whole step, because this is for admission; and so does what other replicas queued,
+    which is ahead in full until they say otherwise.
     """
     if not ledger.seqs:
         return 0, 0.0
@@ -144,10 +145,13 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
         return 0, step_s - max(now_s - ledger.last_step_s, 0.0) % step_s if step_s > 0 else 0.0
     head = min(chunk, queued)
     step_s = step_time.seconds_of(head, 1, 0, head * head / 2, ledger.decodes, ledger.decode_kv_tokens)
+    own = queued - ledger.foreign.queued_prefill_tokens
+    if own <= 0:
+        return queued, step_s
     since_s = now_s - ledger.prefill_since_s
     done_steps, into_s = divmod(max(since_s, 0.0), step_s) if step_s > 0 else (0.0, 0.0)
     # the step in flight is counted as waiting, so its chunk is not ahead any more
     done = (done_steps + 1) * head
-    if done >= queued:
-        return 0, max(step_s - into_s, 0.0) if done_steps * head < queued else step_s
-    return int(queued - done), max(step_s - into_s, 0.0)
+    if done < own:
+        return int(queued - done), max(step_s - into_s, 0.0)
+    return queued - own, max(step_s - into_s, 0.0) if done_steps * head < own else step_s
