@@ -6,7 +6,7 @@ Every move of a ticket from one phase to the next happens here, so the counts ca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -16,6 +16,10 @@ from scheduling.tiers import TierSet
 
 RELEGATED = "(relegated)"
 """Name of the queue of those whose promise was given up."""
+
+Kind = tuple[str, frozenset[str]]
+"""Requests that may use the same backends: their model, and where they failed before. Each kind waits in a queue
+of its own, so that a request whom a backend cannot help does not bar the way for the others of its tier."""
 
 
 @dataclass(slots=True)
@@ -37,11 +41,14 @@ class Counts:
         return self.arrived == ended + self.held + self.reserving + self.open
 
 
+_Entry = tuple[float, int, Ticket]
+
+
 class Queue:
     """A heap of held tickets. An entry whose wait is over is skipped when it surfaces; `len` counts the live."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Ticket]] = []
+        self._heap: list[_Entry] = []
         self._live = 0
 
     def __len__(self) -> int:
@@ -54,14 +61,13 @@ class Queue:
     def left(self) -> None:
         """One of its tickets is held no longer."""
         self._live -= 1
-        if not self._live:
-            self._heap.clear()
 
-    def head(self) -> Ticket | None:
+    def front(self) -> _Entry | None:
+        """Its first entry: key, number, ticket."""
         heap = self._heap
         while heap:
             if _waits(heap[0]):
-                return heap[0][2]
+                return heap[0]
             heappop(heap)
         return None
 
@@ -70,7 +76,7 @@ class Queue:
         return [entry[2] for entry in sorted(self._heap) if _waits(entry)]
 
 
-def _waits(entry: tuple[float, int, Ticket]) -> bool:
+def _waits(entry: _Entry) -> bool:
     _, number, ticket = entry
     return ticket.phase is Phase.HELD and ticket.held_number == number
 
@@ -82,7 +88,7 @@ class Desk:
         self.counts = Counts()
         self._requests: dict[str, Ticket] = {}
         self._leases: dict[str, Ticket] = {}
-        self._queues: dict[str, Queue] = {}
+        self._queues: dict[str, dict[Kind, Queue]] = {}
         self._alarms: list[tuple[float, int, Ticket]] = []
         self._waits = 0
 
@@ -94,26 +100,29 @@ class Desk:
     def of_lease(self, lease_id: str) -> Ticket | None:
         return self._leases.get(lease_id)
 
-    def queue(self, name: str) -> Queue | None:
-        """A tier's queue, or that of the RELEGATED; None when nobody ever waited in it."""
-        return self._queues.get(name)
+    def head(self, name: str, but: Collection[Kind] = ()) -> Ticket | None:
+        """The first who waits for a tier (or of the RELEGATED), of all kinds but some; None when nobody does."""
+        queues = self._queues.get(name)
+        if not queues:
+            return None
+        fronts = [front for kind, queue in queues.items() if kind not in but and (front := queue.front())]
+        return min(fronts)[2] if fronts else None
 
     def queued(self, name: str) -> int:
-        queue = self._queues.get(name)
-        return len(queue) if queue is not None else 0
+        return sum(map(len, self._queues.get(name, {}).values()))
 
     def held(self, tiers: TierSet) -> Mapping[str, int]:
-        """How many wait, by tier (and RELEGATED), for queues that were ever used."""
+        """How many wait, by tier (and RELEGATED), where anybody ever did."""
         names = [tier.name for tier in tiers.tiers]
-        return {name: len(self._queues[name]) for name in [*names, RELEGATED] if name in self._queues}
+        return {name: self.queued(name) for name in [*names, RELEGATED] if name in self._queues}
 
     def waiting(self) -> list[Ticket]:
         """All who wait, queue by queue; for looking at."""
-        return [ticket for queue in self._queues.values() for ticket in queue.live()]
+        return [ticket for queues in self._queues.values() for queue in queues.values() for ticket in queue.live()]
 
-    def gone_tiers(self, tiers: TierSet) -> list[str]:
-        """Names of queues whose tier is no more."""
-        return [name for name in self._queues if name != RELEGATED and name not in tiers]
+    def all(self) -> list[Ticket]:
+        """Every request that has not ended."""
+        return list(self._requests.values())
 
     # --- moving --------------------------------------------------------------------------------------------
 
@@ -129,7 +138,8 @@ class Desk:
         self._move(ticket, Phase.HELD)
         self._waits += 1
         ticket.held_number = self._waits
-        self._queues.setdefault(_queue_name(ticket), Queue()).push(key, self._waits, ticket)
+        queues = self._queues.setdefault(_queue_name(ticket), {})
+        queues.setdefault(kind_of(ticket), Queue()).push(key, self._waits, ticket)
         if math.isfinite(ticket.until_s):
             heappush(self._alarms, (ticket.until_s, self._waits, ticket))
 
@@ -175,7 +185,10 @@ class Desk:
     def _move(self, ticket: Ticket, phase: Phase) -> None:
         self._count(ticket.phase, -1)
         if ticket.phase is Phase.HELD:
-            self._queues[_queue_name(ticket)].left()
+            queues, kind = self._queues[_queue_name(ticket)], kind_of(ticket)
+            queues[kind].left()
+            if not queues[kind]:
+                del queues[kind]
         ticket.move(phase)
         self._count(phase, 1)
 
@@ -202,6 +215,10 @@ class Desk:
         while self.next_alarm_s() <= now_s:
             due.append(heappop(self._alarms)[2])
         return due
+
+
+def kind_of(ticket: Ticket) -> Kind:
+    return ticket.request.model, ticket.excluded
 
 
 def _queue_name(ticket: Ticket) -> str:

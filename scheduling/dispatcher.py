@@ -18,7 +18,7 @@ from random import Random
 from scheduling import events as ev
 from scheduling.backends import BackendState
 from scheduling.decisions import Refusal, RefusalKind
-from scheduling.desk import RELEGATED, Counts, Desk
+from scheduling.desk import RELEGATED, Counts, Desk, Kind, kind_of
 from scheduling.feasible import Ask
 from scheduling.fleet import Fleet, is_open
 from scheduling.ladder import Ladder
@@ -113,7 +113,9 @@ class Dispatcher:
 
     def _arrived(self, event: ev.Arrived, now_s: float, out: list[ev.Action]) -> None:
         request = event.request
-        tier = self.tiers[request.tier]
+        tiers = self.tiers
+        # the tiers may have changed since the shell classified it
+        tier = tiers[request.tier if request.tier in tiers else tiers.default]
         lengths = self._lengths_of(request)
         ask = Ask(
             request,
@@ -287,11 +289,10 @@ class Dispatcher:
         if not self.counts.held or not is_open(ledger) or now_s < ledger.blocked_until_s:
             return
         for name in [*(tier.name for tier in self.tiers.tiers), RELEGATED]:
-            queue = self._desk.queue(name)
-            while queue:
-                ticket = queue.head()
-                if ticket is None or not self._ladder.try_on(ticket, ledger, now_s, out):
-                    break
+            failed: set[Kind] = set()
+            while ticket := self._desk.head(name, failed):
+                if not self._ladder.try_on(ticket, ledger, now_s, out):
+                    failed.add(kind_of(ticket))
 
     def _offer_all(self, now_s: float, out: list[ev.Action]) -> None:
         for ledger in list(self.fleet):
@@ -338,12 +339,14 @@ class Dispatcher:
             self._claim_for_head(wanted, now_s, out)
 
     def _claim_for_head(self, tier: str, now_s: float, out: list[ev.Action]) -> None:
-        queue = self._desk.queue(tier)
-        ticket = queue.head() if queue else None
-        if ticket is not None:
+        """For the first of those who wait whom a free backend can help."""
+        failed: set[Kind] = set()
+        while ticket := self._desk.head(tier, failed):
             claim = self._ladder.claim_for(ticket, now_s)
             if claim is not None:
                 out.append(claim)
+                return
+            failed.add(kind_of(ticket))
 
     def _handed_back(self, event: ev.HandedBack, now_s: float, out: list[ev.Action]) -> None:
         self._elastic.settle(event.backend, None, event.epoch, now_s)
@@ -378,14 +381,15 @@ class Dispatcher:
             self._offer(ledger, now_s, out)
 
     def _tiers_changed(self, event: ev.TiersChanged, now_s: float, out: list[ev.Action]) -> None:
-        """Promises already given stand; held requests of a tier that is gone wait as the default tier's."""
-        self.fleet.set_tiers(event.tiers)
-        default = event.tiers[event.tiers.default]
-        for name in self._desk.gone_tiers(event.tiers):
-            queue = self._desk.queue(name)
-            for ticket in queue.live() if queue else ():
+        """Promises already given stand; requests of a tier that is gone go on as the default tier's."""
+        tiers = event.tiers
+        self.fleet.set_tiers(tiers)
+        for ticket in self._desk.all():
+            again = ticket.phase is Phase.HELD and not ticket.relegated and ticket.tier.name not in tiers
+            if again:
                 self._desk.unhold(ticket)
-                ticket.tier = default
+            ticket.tier = tiers[ticket.tier.name if ticket.tier.name in tiers else tiers.default]
+            if again:
                 self._ladder.place_or_hold(ticket, now_s, out)
         self._offer_all(now_s, out)
 
