@@ -132,7 +132,9 @@ def candidate_for(choice: Choice, ask: Ask) -> ReserveCandidate:
         tpot_ms=ask.own_tpot_s * 1e3,
     )
     limits = limits_for(ledger, ask, choice.judged)
-    return ReserveCandidate(ledger.backend.name, cost, limits, choice.judged.pace_s * 1e3, ledger.epoch)
+    # a router without tiers looked at no resident's promise, so it assumes nothing about them
+    tightest_ms = 0.0 if choice.outcome is Outcome.ROUTED else choice.judged.pace_s * 1e3
+    return ReserveCandidate(ledger.backend.name, cost, limits, tightest_ms, ledger.epoch)
 
 
 def reason_for(outcome: Outcome, choice: Choice) -> str:

@@ -41,8 +41,9 @@ async def run_demo(
         for policy in policies:
             for first in range(0, len(size.seeds), size.side_by_side):
                 seeds = size.seeds[first : first + size.side_by_side]
-                outcomes += await _side_by_side(size, policy, seeds, engines, http, work, view)
-                view.finished(outcomes)
+                ended = await _side_by_side(size, policy, seeds, engines, http, work, view)
+                view.finished(ended)
+                outcomes += ended
     return outcomes
 
 

@@ -42,12 +42,8 @@ class LiveView:
 
     def finished(self, outcomes: Sequence[RunOutcome]) -> None:
         """Runs ended; one line each."""
-        done = [outcome for outcome in outcomes if outcome.policy == outcomes[-1].policy]
-        for one in done:
-            tiers = ", ".join(
-                f"{tier.name} {_percent(one.tier_attainment(tier.name))}" for tier in self._size.tiers
-            )
-            self.say(f"  {one.policy:<12} seed {one.seed}: attainment {_percent(one.attainment)} ({tiers})")
+        for one in outcomes:
+            self.say(f"  {one.policy:<12} seed {one.seed}: attainment {_percent(one.attainment)}")
 
 
 def fleet_view(size: Size, policy: str, seed: int, state: Mapping[str, object]) -> RenderableType:
@@ -109,41 +105,47 @@ def _bar(load: float) -> str:
 
 
 def comparison(size: Size, outcomes: Sequence[RunOutcome]) -> RenderableType:
-    """Every policy over its seeds: attainment offered, per tier, and backend-seconds."""
-    seeds = sorted({outcome.seed for outcome in outcomes})
-    title = f"{size.backends} {size.engine} engines, {len(seeds)} seeds: mean (lowest - highest)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("policy")
-    table.add_column("attainment offered", justify="right")
+    """Every policy over its seeds: attainment offered, per tier, and what it cost and predicted."""
+    seeds = ", ".join(str(seed) for seed in sorted({outcome.seed for outcome in outcomes}))
+    attained = Table(
+        title=f"attainment in %, {size.backends} {size.engine} engines, seeds {seeds}: mean (lowest-highest)",
+        title_justify="left",
+    )
+    attained.add_column("policy")
+    attained.add_column("all tiers", justify="right")
     for tier in size.tiers:
-        table.add_column(f"{tier.name}\n{tier.ttft_ms:g}/{tier.tpot_ms:g} ms", justify="right")
-    for heading in ("refused", "tokens/s", "backend-seconds", "TTFT error\np50 / p90", "TPOT error\np50 / p90"):
-        table.add_column(heading, justify="right")
+        attained.add_column(f"{tier.name}\n{tier.ttft_ms:g}/{tier.tpot_ms:g} ms", justify="right")
+    used = Table(title="cost and predictions", title_justify="left")
+    used.add_column("policy")
+    for heading in ("backend-\nseconds", "refused", "tokens/s", "TTFT error\np50/p90", "TPOT error\np50/p90"):
+        used.add_column(heading, justify="right")
     for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
         runs = [outcome for outcome in outcomes if outcome.policy == policy]
-        table.add_row(*_policy_row(size, policy, runs))
+        attained.add_row(policy, *_attained(size, runs))
+        used.add_row(policy, *_used(runs))
     lines = [Text(_kept_time(outcomes))]
     if size.engine == "emulated":
         lines.append(Text(f"Engines EMULATED from profile {size.profile}: step times are measured, no model ran."))
-    return Group(table, *lines)
+    return Group(attained, used, *lines)
 
 
-def _policy_row(size: Size, policy: str, runs: Sequence[RunOutcome]) -> list[str]:
+def _attained(size: Size, runs: Sequence[RunOutcome]) -> list[str]:
     tiers = []
     for tier in size.tiers:
         found = [run.tier_attainment(tier.name) for run in runs]
         tiers.append(_spread([value for value in found if value is not None]))
+    return [_spread([run.attainment for run in runs]), *tiers]
+
+
+def _used(runs: Sequence[RunOutcome]) -> list[str]:
     predicted = [run.bench.predictions for run in runs]
     tokens_per_s = [
         sum(tier.output_tokens for tier in run.bench.score.tiers) / run.bench.score.measured_s for run in runs
     ]
     return [
-        policy,
-        _spread([run.attainment for run in runs]),
-        *tiers,
+        f"{sum(run.backend_seconds for run in runs) / len(runs):,.0f}",
         str(sum(run.bench.score.overall.refused for run in runs)),
         f"{sum(tokens_per_s) / len(tokens_per_s):,.0f}",
-        f"{sum(run.backend_seconds for run in runs) / len(runs):,.0f}",
         _errors([(one.ttft.p50, one.ttft.p90) for one in predicted]),
         _errors([(one.tpot.p50, one.tpot.p90) for one in predicted]),
     ]
@@ -167,14 +169,14 @@ def _spread(values: Sequence[float]) -> str:
     if spread is None:
         return "-"
     if spread.high - spread.low < 5e-4:
-        return _percent(spread.mean)
-    return f"{_percent(spread.mean)} ({100 * spread.low:.0f} - {100 * spread.high:.0f})"
+        return f"{100 * spread.mean:.1f}"
+    return f"{100 * spread.mean:.1f} ({100 * spread.low:.0f}-{100 * spread.high:.0f})"
 
 
 def _errors(pairs: Sequence[tuple[float | None, float | None]]) -> str:
     p50 = Spread.of([pair[0] for pair in pairs if pair[0] is not None])
     p90 = Spread.of([pair[1] for pair in pairs if pair[1] is not None])
-    return "-" if p50 is None or p90 is None else f"{_percent(p50.mean)} / {_percent(p90.mean)}"
+    return "-" if p50 is None or p90 is None else f"{100 * p50.mean:.0f} %/{100 * p90.mean:.0f} %"
 
 
 def _percent(value: float | None) -> str:
