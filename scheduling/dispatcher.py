@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from scheduling import events as ev
-from scheduling.backends import BackendState
 from scheduling.decisions import Refusal, RefusalKind
 from scheduling.desk import RELEGATED, Counts, Desk, Kind, kind_of
 from scheduling.feasible import Ask
@@ -144,8 +143,7 @@ class Dispatcher:
         if ticket.phase is not Phase.RESERVING:
             return  # the same answer again
         if ticket.gone:
-            self._leave(ticket, now_s, out, released=True)
-            self._desk.end(ticket, ev.EndKind.CANCELLED)
+            self._end(ticket, ev.EndKind.CANCELLED, now_s, out)
             return
         assert ticket.decision is not None
         self._desk.opened(ticket)
@@ -163,11 +161,12 @@ class Dispatcher:
         for name, foreign in event.foreign.items():
             self._set_foreign(name, foreign, now_s)
         ticket = self._desk.of_lease(event.lease_id)
-        if ticket is None:
+        if ticket is None or ticket.phase is not Phase.RESERVING:
             return
-        self._leave(ticket, now_s, out, released=False)
+        ledger = self._leave(ticket, now_s, out, released=False)
         if ticket.gone:
             self._desk.end(ticket, ev.EndKind.CANCELLED)
+            self._offer(ledger, now_s, out)
             return
         ticket.store_refusals += 1
         if ticket.store_refusals <= self.options.max_store_refusals:
@@ -198,9 +197,7 @@ class Dispatcher:
             return
         name = ticket.backend
         ledger = self._leave(ticket, now_s, out, released=True)
-        if ticket.gone:
-            self._desk.end(ticket, ev.EndKind.CANCELLED)
-        elif not event.retryable:
+        if not event.retryable:
             self._desk.end(ticket, ev.EndKind.FAILED)
         else:
             if ledger is not None:
@@ -212,8 +209,7 @@ class Dispatcher:
             else:
                 message = f"{ticket.attempts} backends failed before the first token; the last: {event.cause}"
                 self._ladder.refuse(ticket, Refusal(RefusalKind.FAILED, message, 1.0), now_s, out)
-        if ledger is not None:
-            self._offer(ledger, now_s, out)
+        self._offer(ledger, now_s, out)
 
     def _may_retry(self, ticket: Ticket) -> bool:
         if ticket.attempts >= self.options.max_attempts:
@@ -238,8 +234,7 @@ class Dispatcher:
         ledger.failures = 0
         ledger.first_token(event.lease_id, now_s)
         self.fleet.reorder(ledger)
-        if self.counts.held:
-            self._offer(ledger, now_s, out)
+        self._offer(ledger, now_s, out)
 
     def _progressed(self, event: ev.Progressed, now_s: float, out: list[ev.Action]) -> None:
         ledger = self.fleet.get(event.backend)
@@ -256,17 +251,18 @@ class Dispatcher:
             ledger.last_step_s = now_s - event.last_step_age_s
         ledger.refresh(now_s)
         self.fleet.reorder(ledger)
-        if self.counts.held:
-            self._offer(ledger, now_s, out)
+        self._offer(ledger, now_s, out)
 
     def _ended(self, event: ev.Ended, now_s: float, out: list[ev.Action]) -> None:
         ticket = self._desk.of_lease(event.lease_id)
-        if ticket is None:
-            return
+        if ticket is not None:
+            self._end(ticket, event.kind, now_s, out)
+
+    def _end(self, ticket: Ticket, kind: ev.EndKind, now_s: float, out: list[ev.Action]) -> None:
+        """It leaves for good, and its place is offered to those who wait."""
         ledger = self._leave(ticket, now_s, out, released=True)
-        self._desk.end(ticket, event.kind)
-        if ledger is not None and self.counts.held:
-            self._offer(ledger, now_s, out)
+        self._desk.end(ticket, kind)
+        self._offer(ledger, now_s, out)
 
     def _cancelled(self, event: ev.Cancelled, now_s: float, out: list[ev.Action]) -> None:
         ticket = self._desk.of_request(event.request_id)
@@ -277,16 +273,17 @@ class Dispatcher:
         elif ticket.phase is Phase.RESERVING:
             ticket.gone = True  # the store's answer is on its way; it ends the lease
         else:
-            ledger = self._leave(ticket, now_s, out, released=True)
-            self._desk.end(ticket, ev.EndKind.CANCELLED)
-            if ledger is not None and self.counts.held:
-                self._offer(ledger, now_s, out)
+            self._end(ticket, ev.EndKind.CANCELLED, now_s, out)
 
     # --- held requests -------------------------------------------------------------------------------------
 
-    def _offer(self, ledger: Ledger, now_s: float, out: list[ev.Action]) -> None:
-        """A backend got better: try the heads of the queues on it, tight to loose, then the relegated."""
-        if not self.counts.held or not is_open(ledger) or now_s < ledger.blocked_until_s:
+    def _offer(self, ledger: Ledger | None, now_s: float, out: list[ev.Action]) -> None:
+        """A backend got better: try the heads of the queues on it, tight to loose, then the relegated. One of the
+        pool is claimed first."""
+        if ledger is None or not self.counts.held or not is_open(ledger) or now_s < ledger.blocked_until_s:
+            return
+        if self.policy.uses_tiers and ledger.tier not in self.tiers:
+            self._claim_for_heads(now_s, out)
             return
         for name in [*(tier.name for tier in self.tiers.tiers), RELEGATED]:
             failed: set[Kind] = set()
@@ -324,34 +321,36 @@ class Dispatcher:
 
     def _claimed(self, event: ev.Claimed, now_s: float, out: list[ev.Action]) -> None:
         self._elastic.settle(event.backend, event.tier, event.epoch, now_s)
-        ledger = self.fleet.get(event.backend)
-        if ledger is None:
-            return
-        self._offer(ledger, now_s, out)
-        self._claim_for_head(event.tier, now_s, out)
+        self._offer(self.fleet.get(event.backend), now_s, out)
+        self._claim_for_heads(now_s, out)
 
     def _claim_refused(self, event: ev.ClaimRefused, now_s: float, out: list[ev.Action]) -> None:
-        wanted = self._elastic.settle(event.backend, event.tier, event.epoch, now_s)
         ledger = self.fleet.get(event.backend)
-        if ledger is not None and ledger.tier is not None:
+        asked_at = ledger.epoch if ledger is not None else -1
+        self._elastic.settle(event.backend, event.tier, event.epoch, now_s)
+        if ledger is not None:
+            if ledger.epoch == asked_at:
+                # nothing changed that would explain it: to ask again at once would be to ask for ever
+                self._rest(ledger, now_s)
             self._offer(ledger, now_s, out)
-        if wanted is not None:
-            self._claim_for_head(wanted, now_s, out)
+        self._claim_for_heads(now_s, out)
 
-    def _claim_for_head(self, tier: str, now_s: float, out: list[ev.Action]) -> None:
-        """For the first of those who wait whom a free backend can help."""
-        failed: set[Kind] = set()
-        while ticket := self._desk.head(tier, failed):
-            claim = self._ladder.claim_for(ticket, now_s)
-            if claim is not None:
-                out.append(claim)
-                return
-            failed.add(kind_of(ticket))
+    def _claim_for_heads(self, now_s: float, out: list[ev.Action]) -> None:
+        """A backend for every tier that holds somebody whom a free one can help."""
+        if not self.policy.uses_tiers or not self.counts.held:
+            return
+        for name in [*(tier.name for tier in self.tiers.tiers), RELEGATED]:
+            failed: set[Kind] = set()
+            while ticket := self._desk.head(name, failed):
+                claim = self._ladder.claim_for(ticket, now_s)
+                if claim is not None:
+                    out.append(claim)
+                    break
+                failed.add(kind_of(ticket))
 
     def _handed_back(self, event: ev.HandedBack, now_s: float, out: list[ev.Action]) -> None:
         self._elastic.settle(event.backend, None, event.epoch, now_s)
-        for tier in self.tiers.tiers:
-            self._claim_for_head(tier.name, now_s, out)
+        self._offer(self.fleet.get(event.backend), now_s, out)
 
     def _hand_back_refused(self, event: ev.HandBackRefused, now_s: float, out: list[ev.Action]) -> None:
         self._elastic.settle(event.backend, event.tier, event.epoch, now_s)
@@ -363,22 +362,16 @@ class Dispatcher:
         if not len(self.fleet):
             self._next_handback_s = now_s + self.options.handback_period_s
             self._next_round_s = now_s + self.options.rebalance_period_s
-        ledger = self.fleet.put(backend, now_s)
-        if backend.state is BackendState.UP:
-            self._offer(ledger, now_s, out)
-            if ledger.tier is None:
-                for tier in self.tiers.tiers:
-                    self._claim_for_head(tier.name, now_s, out)
+        self._offer(self.fleet.put(backend, now_s), now_s, out)
 
     def _backend_removed(self, event: ev.BackendRemoved, now_s: float, out: list[ev.Action]) -> None:
         self.fleet.remove(event.name, now_s)
         self._blocked.discard(event.name)
+        self._claim_for_heads(now_s, out)
 
     def _membership_changed(self, event: ev.MembershipChanged, now_s: float, out: list[ev.Action]) -> None:
         self.fleet.set_membership(event.backend, event.tier, event.epoch, now_s)
-        ledger = self.fleet.get(event.backend)
-        if ledger is not None and ledger.tier is not None:
-            self._offer(ledger, now_s, out)
+        self._offer(self.fleet.get(event.backend), now_s, out)
 
     def _tiers_changed(self, event: ev.TiersChanged, now_s: float, out: list[ev.Action]) -> None:
         """Promises already given stand; requests of a tier that is gone go on as the default tier's."""
@@ -401,9 +394,7 @@ class Dispatcher:
 
     def _load_published(self, event: ev.LoadPublished, now_s: float, out: list[ev.Action]) -> None:
         self._set_foreign(event.backend, event.foreign, now_s)
-        ledger = self.fleet.get(event.backend)
-        if ledger is not None and self.counts.held:
-            self._offer(ledger, now_s, out)
+        self._offer(self.fleet.get(event.backend), now_s, out)
 
     def _set_foreign(self, name: str, foreign: LoadVector, now_s: float) -> None:
         ledger = self.fleet.get(name)

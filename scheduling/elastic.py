@@ -40,7 +40,7 @@ class Elastic:
         if fleet.tier_size(tier.name):
             return None
         taken = fleet.to_relabel(tier, ticket.request.model)
-        if taken is None:
+        if taken is None or now_s < taken.blocked_until_s:
             return None
         return _claim(taken, tier, f"tier {tier.name} has no backend; {taken.tier} holds the most")
 

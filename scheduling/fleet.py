@@ -14,6 +14,7 @@ from scheduling.ledger import Ledger
 from scheduling.tiers import Tier, TierSet
 
 _Key = tuple[float, float, str]
+_CLOSED = ""  # where backends are listed that take nothing; no tier has this name
 
 
 class Fleet:
@@ -79,10 +80,13 @@ class Fleet:
     # --- the gradient --------------------------------------------------------------------------------------
 
     def reorder(self, ledger: Ledger) -> None:
-        """Put a ledger that changed where its load belongs."""
+        """Put a ledger that changed where its load belongs; one that takes nothing belongs to no tier's order,
+        so that a tier whose backends are all down counts as having none."""
         name = ledger.backend.name
         self._unlist(name)
         tier = ledger.tier if ledger.tier in self.tiers else None
+        if not is_open(ledger):
+            tier = _CLOSED
         ledger.load = self._load(ledger, tier)
         key = (-ledger.load, -ledger.kv_fraction(), name)
         insort(self._order.setdefault(tier, []), key)
@@ -99,13 +103,13 @@ class Fleet:
         """Predicted steady step time over the host's pace; KV fraction where there is no pace."""
         if not ledger.seqs:
             return 0.0
-        host_s = math.inf if tier is None else self.tiers[tier].host_tpot_s
+        host_s = self.tiers[tier].host_tpot_s if tier else math.inf
         if math.isinf(host_s):
             return ledger.kv_fraction()
         return ledger.backend.step_time.decode_seconds(ledger.seqs, ledger.peak_kv_tokens) / host_s
 
     def in_tier(self, tier: str) -> list[Ledger]:
-        """Highest load first; ties by KV fraction, then name."""
+        """Those of a tier that are up, highest load first; ties by KV fraction, then name."""
         ledgers = self._ledgers
         return [ledgers[key[2]] for key in self._order.get(tier, ())]
 
@@ -123,7 +127,7 @@ class Fleet:
         return sorted(self._ledgers.values(), key=lambda ledger: (ledger.load, ledger.backend.name))
 
     def pool(self) -> list[Ledger]:
-        """Backends of no tier, by name, that nobody is claiming here."""
+        """Backends of no tier that are up and that nobody is claiming here, by name."""
         ledgers = self._ledgers
         return [ledgers[key[2]] for key in self._order.get(None, ()) if ledgers[key[2]].claiming_for is None]
 

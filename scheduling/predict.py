@@ -147,7 +147,7 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
     step_s = step_time.seconds_of(head, 1, 0, head * head / 2, ledger.decodes, ledger.decode_kv_tokens)
     own = queued - ledger.foreign.queued_prefill_tokens
     if own <= 0:
-        return queued, step_s
+        return queued - head, step_s
     since_s = now_s - ledger.prefill_since_s
     done_steps, into_s = divmod(max(since_s, 0.0), step_s) if step_s > 0 else (0.0, 0.0)
     # the step in flight is counted as waiting, so its chunk is not ahead any more

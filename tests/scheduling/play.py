@@ -1,6 +1,6 @@
 """A small language for playing events to a dispatcher and reading what it wants done.
 
-Every action is told as one line, for example ``reserve r1#1 on a: own_tier``. The engines of this world are simple:
+Every action is told as one line, such as ``reserve r1#1 on a: own_tier``. The engines of this world are simple:
 a step takes 10 ms, 1 ms for every decode and 0.1 ms for every prompt token, so a backend keeps 20 ms with ten
 decodes, 50 ms with forty and 100 ms with ninety.
 """
@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from dataclasses import replace
 from random import Random
-from types import MappingProxyType
 from typing import Any
 
 from scheduling import events as ev
@@ -39,7 +38,6 @@ TIERS = TierSet(
     ),
     "mid",
 )
-IDLE_STORE = MappingProxyType({"nobody": LoadVector()})
 
 
 def backend(name: str = "a", **changes: Any) -> Backend:
@@ -94,6 +92,7 @@ class Play:
         self.dispatcher = Dispatcher(tiers, make(policy, Random(seed)), Random(seed), options)
         self.now_s = 0.0
         self.last: list[ev.Action] = []
+        self.log: list[str] = []
         self.releases: Counter[str] = Counter()
         for tier in tiers.tiers:
             self.tell(ev.LengthsChanged("m", tier.name, FixedLength(OUTPUT_TOKENS)))
@@ -108,7 +107,9 @@ class Play:
         self.last = self.dispatcher.handle(event, self.now_s)
         assert self.dispatcher.counts.conserved
         self.releases.update(action.lease_id for action in self.last if isinstance(action, ev.Release))
-        return [told(action) for action in self.last]
+        lines = [told(action) for action in self.last]
+        self.log += lines
+        return lines
 
     # --- the fleet -----------------------------------------------------------------------------------------
 
