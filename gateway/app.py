@@ -60,7 +60,7 @@ class Gateway:
             Timing(settings.tick_ms / 1e3, settings.timeouts.stall_s, settings.timeouts.client_stall_s),
         )
         self.fleet = GatewayFleet(wiring.teachers, wiring.store, self.shell, settings.health)
-        self.shell.learner = self.fleet
+        self.shell.pace.learner = self.fleet
         self.telemetry = Telemetry()
         self.log = RequestLog(wiring.write_log if settings.log_requests else None)
         decisions = Decisions()

@@ -7,12 +7,12 @@ three tasks: one that ends leases and moves backends in the store, one that list
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.pace import Pace
 from gateway.ticket import Stage, Ticket
 from scheduling.events import (
     Action,
@@ -31,8 +31,6 @@ from scheduling.events import (
     LoadPublished,
     MembershipChanged,
     OpenFailed,
-    Progress,
-    Progressed,
     Refuse,
     Release,
     Reserve,
@@ -69,46 +67,6 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class StepSample:
-    """What a backend's streams showed since the last look: one decode-only step's time and contents."""
-
-    backend: str
-    step_s: float
-    decode_seqs: int
-    decode_kv_tokens: int
-    steps: int = 1  # gaps of one stream that the median was taken over
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillSample:
-    """How long one prompt took to its first token, beside decodes only."""
-
-    backend: str
-    seconds: float
-    prompt_tokens: int
-    decode_seqs: int
-    decode_kv_tokens: int
-
-
-class Learner(Protocol):
-    """Whoever wants to know how long steps took."""
-
-    def learn_step(self, sample: StepSample) -> None: ...
-
-    def learn_prefill(self, sample: PrefillSample) -> None: ...
-
-
-@dataclass(slots=True)
-class _Busy:
-    """One backend's openings, and its decodes at the last look."""
-
-    opening: int = 0
-    opened: int = 0
-    decode_seqs: int = 0
-    decode_kv_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Timing:
     """How the ticker looks after streams: its period, and what it takes for a stall."""
 
@@ -139,8 +97,7 @@ class Shell:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s = float("inf")
         self.counts = Counts()
-        self.learner: Learner | None = None
-        self._busy: dict[str, _Busy] = {}
+        self.pace = Pace()
         self.loop_lag_s = 0.0
         self.loop_lag_max_s = 0.0
         self.store_down = False
@@ -186,41 +143,20 @@ class Shell:
 
     def opening(self, ticket: Ticket) -> None:
         """The ticket's stream is about to be opened."""
-        assert ticket.backend is not None
-        busy = self._busy_of(ticket.backend)
-        busy.opening += 1
-        busy.opened += 1
-        # Only a prompt that is prefilled alone tells how long prefill takes.
-        ticket.alone_at = busy.opened if busy.opening == 1 else None
+        self.pace.opening(ticket)
         ticket.stage = Stage.OPENING
 
     def first_token(self, ticket: Ticket) -> None:
         """The engine began to answer."""
         assert ticket.lease_id is not None
-        assert ticket.backend is not None
-        busy = self._opened(ticket)
+        self._opened(ticket)
         ticket.stage = Stage.RUNNING
         self.feed(FirstToken(ticket.lease_id))
-        request = ticket.request
-        if ticket.alone_at == busy.opened and request.streamed and self.learner is not None:
-            seconds = ticket.last_bytes_s - ticket.opened_s
-            tokens = (request.prompt_tokens - request.cached_tokens) * request.sequences
-            self.learner.learn_prefill(
-                PrefillSample(ticket.backend, seconds, tokens, busy.decode_seqs, busy.decode_kv_tokens)
-            )
+        self.pace.first_token(ticket)
 
-    def _opened(self, ticket: Ticket) -> _Busy:
-        assert ticket.backend is not None
-        busy = self._busy_of(ticket.backend)
+    def _opened(self, ticket: Ticket) -> None:
         if ticket.stage is Stage.OPENING:
-            busy.opening -= 1
-        return busy
-
-    def _busy_of(self, backend: str) -> _Busy:
-        busy = self._busy.get(backend)
-        if busy is None:
-            busy = self._busy[backend] = _Busy()
-        return busy
+            self.pace.opened(ticket)
 
     def open_failed(self, ticket: Ticket, *, retryable: bool, cause: str) -> None:
         assert ticket.lease_id is not None
@@ -262,8 +198,7 @@ class Shell:
             self.feed(ReserveRefused(ticket.request.request_id, lease_id, {}))
 
     def _leave(self, ticket: Ticket) -> None:
-        if ticket.backend is not None:
-            self._opened(ticket)
+        self._opened(ticket)
         ticket.stage = Stage.ENDED
         self._left.set()
         self._tickets.pop(ticket.request.request_id, None)
@@ -387,17 +322,12 @@ class Shell:
 
     def look(self, now_s: float) -> None:
         """Tell the core where the streams are, and end what has stalled."""
-        by_backend: dict[str, list[Ticket]] = {}
-        for ticket in self._tickets.values():
-            if ticket.backend is not None:
-                by_backend.setdefault(ticket.backend, []).append(ticket)
-                if ticket.abort is not None:
-                    self._end_stalled(ticket, now_s)
-        for backend, busy in self._busy.items():
-            if backend not in by_backend:
-                busy.decode_seqs = busy.decode_kv_tokens = 0
-        for backend, tickets in by_backend.items():
-            self._progress(backend, tickets, now_s)
+        tickets = self.tickets()
+        for ticket in tickets:
+            if ticket.abort is not None:
+                self._end_stalled(ticket, now_s)
+        for event in self.pace.look(tickets, now_s):
+            self.feed(event)
 
     def _end_stalled(self, ticket: Ticket, now_s: float) -> None:
         silent_s = now_s - ticket.last_bytes_s
@@ -409,41 +339,6 @@ class Shell:
         ticket.abort = ticket.abort_client = None
         if abort is not None:
             abort()
-
-    def _progress(self, backend: str, tickets: list[Ticket], now_s: float) -> None:
-        moved: list[Progress] = []
-        gaps: list[float] = []
-        prefilling = False
-        kv_tokens = seqs = most = 0
-        latest_s = 0.0
-        for ticket in tickets:
-            if ticket.stage is not Stage.RUNNING or not ticket.request.streamed:
-                prefilling = True
-                continue
-            tokens = ticket.output_tokens
-            sequences = ticket.request.sequences
-            seqs += sequences
-            kv_tokens += ticket.request.prompt_tokens * sequences + tokens
-            latest_s = max(latest_s, ticket.last_token_s)
-            new = tokens - ticket.seen_tokens
-            if new <= 0 or ticket.lease_id is None:
-                continue
-            moved.append(Progress(ticket.lease_id, tokens // sequences))
-            if ticket.seen_s and ticket.last_token_s > ticket.seen_s:
-                gaps.append((ticket.last_token_s - ticket.seen_s) * sequences / new)
-            most += new // sequences
-            ticket.seen_tokens = tokens
-            ticket.seen_s = ticket.last_token_s
-        if not moved:
-            return
-        busy = self._busy_of(backend)
-        busy.decode_seqs, busy.decode_kv_tokens = seqs, kv_tokens
-        step_s = statistics.median(gaps) if gaps else None
-        age_s = max(0.0, now_s - latest_s) if latest_s else None
-        self.feed(Progressed(backend, tuple(moved), step_s, age_s))
-        if step_s is not None and not prefilling and self.learner is not None:
-            steps = max(1, most // max(1, len(moved)))
-            self.learner.learn_step(StepSample(backend, step_s, busy.decode_seqs, kv_tokens, steps))
 
     # --- life ----------------------------------------------------------------------------------------------
 

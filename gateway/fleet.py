@@ -11,7 +11,8 @@ from typing import Protocol
 
 from adapters.contract import Adapter, Capabilities, EngineLoad, Unsupported, UpstreamError
 from gateway.config import BackendSettings, HealthSettings, engine_limits
-from gateway.dispatch import PrefillSample, Shell, StepSample
+from gateway.dispatch import Shell
+from gateway.pace import PrefillSample, StepSample
 from scheduling.backends import Backend, BackendState, EngineLimits
 from scheduling.events import BackendChanged, BackendRemoved, LengthsChanged, MembershipChanged
 from scheduling.lengths import LengthModel

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from adapters import registry
 from adapters.contract import Adapter, Capabilities
 from gateway.config import BackendSettings, EngineKind
-from gateway.dispatch import PrefillSample, StepSample
 from gateway.fleet import StepLearner, Timing
+from gateway.pace import PrefillSample, StepSample
 from gateway.tokens import TokenCounter
 from profiles import Limits, Profile, load, prior
 from profiles.correct import CorrectedProfile, Corrector

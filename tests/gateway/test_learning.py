@@ -9,8 +9,8 @@ import pytest
 
 from adapters.contract import Capabilities
 from gateway.config import BackendSettings, TokenSettings
-from gateway.dispatch import StepSample
 from gateway.learning import Learned
+from gateway.pace import StepSample
 from gateway.tokens import FileTokenizer, PromptText, TokenCounter
 from tests.gateway.rig import PROFILE, client, engine, gateway, settings_for, settled
 

@@ -1,0 +1,184 @@
+"""How fast the backends go, read off the streams: progress for the core, step times for the learners.
+
+Tokens are only counted when they come; everything here happens at the ticker's looks, or once a request.
+
+A sample of decode step times needs a window in which nothing else happened: at least a quarter of a second with
+the same streams and no prefill. Over so many steps the jitter of single reads averages out.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gateway.ticket import Stage, Ticket
+from scheduling.events import Progress, Progressed
+
+_WINDOW_S = 0.25
+_WINDOW_TOKENS = 4  # of a stream, at least
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One backend's decode steps over a window: `steps` of them took `step_s` each in the median stream."""
+
+    backend: str
+    step_s: float
+    decode_seqs: int
+    decode_kv_tokens: int
+    steps: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSample:
+    """How long one prompt took to its first token, beside decodes only."""
+
+    backend: str
+    seconds: float
+    prompt_tokens: int
+    decode_seqs: int
+    decode_kv_tokens: int
+
+
+class Learner(Protocol):
+    """Whoever wants to know how long steps took."""
+
+    def learn_step(self, sample: StepSample) -> None: ...
+
+    def learn_prefill(self, sample: PrefillSample) -> None: ...
+
+
+@dataclass(slots=True)
+class _Backend:
+    """What is remembered of one backend. `since` is each stream's (tokens, time) at the window's start."""
+
+    opening: int = 0
+    opened: int = 0
+    decode_seqs: int = 0
+    decode_kv_tokens: int = 0
+    window_opened: int = 0
+    window_s: float = 0.0
+    since: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+class Pace:
+    """Follows every backend's openings and streams."""
+
+    def __init__(self) -> None:
+        self.learner: Learner | None = None
+        self._backends: dict[str, _Backend] = {}
+
+    def opening(self, ticket: Ticket) -> None:
+        """The ticket's stream is about to be opened."""
+        backend = self._of(ticket)
+        backend.opening += 1
+        backend.opened += 1
+        # Only a prompt that is prefilled alone tells how long prefill takes.
+        ticket.alone_at = backend.opened if backend.opening == 1 else None
+
+    def opened(self, ticket: Ticket) -> None:
+        """The ticket's opening is over, one way or the other."""
+        self._of(ticket).opening -= 1
+
+    def first_token(self, ticket: Ticket) -> None:
+        """Its first token came: learn, if it was prefilled alone."""
+        backend = self._of(ticket)
+        request = ticket.request
+        if ticket.alone_at != backend.opened or not request.streamed or self.learner is None:
+            return
+        assert ticket.backend is not None
+        tokens = (request.prompt_tokens - request.cached_tokens) * request.sequences
+        seconds = ticket.last_bytes_s - ticket.opened_s
+        self.learner.learn_prefill(
+            PrefillSample(ticket.backend, seconds, tokens, backend.decode_seqs, backend.decode_kv_tokens)
+        )
+
+    def look(self, tickets: Iterable[Ticket], now_s: float) -> list[Progressed]:
+        """Where the streams of each backend are; a backend where nothing moved is left out."""
+        by_backend: dict[str, list[Ticket]] = {}
+        for ticket in tickets:
+            if ticket.backend is not None:
+                by_backend.setdefault(ticket.backend, []).append(ticket)
+        for name, backend in self._backends.items():
+            if name not in by_backend:
+                backend.decode_seqs = backend.decode_kv_tokens = 0
+                backend.since = {}
+        progressed = [self._progress(name, some, now_s) for name, some in by_backend.items()]
+        return [event for event in progressed if event is not None]
+
+    def _of(self, ticket: Ticket) -> _Backend:
+        assert ticket.backend is not None
+        backend = self._backends.get(ticket.backend)
+        if backend is None:
+            backend = self._backends[ticket.backend] = _Backend()
+        return backend
+
+    def _progress(self, name: str, tickets: list[Ticket], now_s: float) -> Progressed | None:
+        backend = self._of(tickets[0])
+        moved: list[Progress] = []
+        gaps: list[float] = []
+        streams: list[Ticket] = []
+        seqs = kv_tokens = 0
+        latest_s = 0.0
+        for ticket in tickets:
+            if ticket.stage is not Stage.RUNNING or ticket.lease_id is None:
+                continue
+            streams.append(ticket)
+            tokens = ticket.output_tokens
+            sequences = ticket.request.sequences
+            seqs += sequences
+            kv_tokens += ticket.request.prompt_tokens * sequences + tokens
+            latest_s = max(latest_s, ticket.last_token_s)
+            new = tokens - ticket.seen_tokens
+            if new <= 0:
+                continue
+            moved.append(Progress(ticket.lease_id, tokens // sequences))
+            if ticket.seen_s and ticket.last_token_s > ticket.seen_s:
+                gaps.append((ticket.last_token_s - ticket.seen_s) * sequences / new)
+            ticket.seen_tokens = tokens
+            ticket.seen_s = ticket.last_token_s
+        backend.decode_seqs, backend.decode_kv_tokens = seqs, kv_tokens
+        self._sample(name, backend, streams, now_s, undisturbed=len(streams) == len(tickets))
+        if not moved:
+            return None
+        step_s = statistics.median(gaps) if gaps else None
+        return Progressed(name, tuple(moved), step_s, max(0.0, now_s - latest_s) if latest_s else None)
+
+    def _sample(
+        self, name: str, backend: _Backend, streams: list[Ticket], now_s: float, *, undisturbed: bool
+    ) -> None:
+        """Learn from the window if it was long and clean; begin another when it is used up or spoilt."""
+        since = backend.since
+        clean = (
+            undisturbed
+            and backend.opened == backend.window_opened
+            and len(since) == len(streams) > 0
+            and all(ticket.request.request_id in since for ticket in streams)
+        )
+        if clean and now_s - backend.window_s < _WINDOW_S:
+            return
+        if clean and self.learner is not None:
+            gaps: list[float] = []
+            steps: list[int] = []
+            for ticket in streams:
+                tokens, time_s = since[ticket.request.request_id]
+                new = (ticket.output_tokens - tokens) // ticket.request.sequences
+                if new >= _WINDOW_TOKENS and time_s:
+                    gaps.append((ticket.last_token_s - time_s) / new)
+                    steps.append(new)
+            if gaps:
+                sample = StepSample(
+                    name,
+                    statistics.median(gaps),
+                    backend.decode_seqs,
+                    backend.decode_kv_tokens,
+                    round(statistics.median(steps)),
+                )
+                self.learner.learn_step(sample)
+        backend.window_s = now_s
+        backend.window_opened = backend.opened if undisturbed else -1
+        backend.since = {
+            ticket.request.request_id: (ticket.output_tokens, ticket.last_token_s) for ticket in streams
+        }
