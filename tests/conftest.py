@@ -14,6 +14,7 @@ from typing import Protocol
 import pytest
 import uvloop
 from blockbuster import BlockBuster
+from hypothesis import settings
 
 from deploy import server_process
 from deploy.server_process import ServerProcess
@@ -44,6 +45,13 @@ def _no_blocking_calls() -> Iterator[None]:
         yield
     finally:
         detector.deactivate()
+
+
+def pytest_configure() -> None:
+    """No example is failed for its time: machines differ. Where CI is set, hypothesis draws the same ones each run."""
+    if settings.get_current_profile_name() != "ci":
+        settings.register_profile("tiergate", deadline=None)
+        settings.load_profile("tiergate")
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
