@@ -48,7 +48,7 @@ def _no_blocking_calls() -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    """No example is failed for its time: machines differ. Where CI is set, hypothesis draws the same ones each run."""
+    """Fail no example for its time: machines differ. Where CI is set, hypothesis draws the same ones each run."""
     if settings.get_current_profile_name() != "ci":
         settings.register_profile("tiergate", deadline=None)
         settings.load_profile("tiergate")
