@@ -14,6 +14,8 @@ from scheduling.ledger import Ledger
 from scheduling.tiers import Tier, TierSet
 
 _Key = tuple[float, float, str]
+NEIGHBOUR_RESERVE = 0.25
+"""Part of the time between an idle backend's step and a tighter neighbour's pace that is kept for that neighbour."""
 _CLOSED = ""  # where backends are listed that take nothing; no tier has this name
 
 
@@ -149,8 +151,9 @@ class Fleet:
     def host_tpot_s(self, ledger: Ledger, now_s: float) -> float:
         """The pace a backend keeps for newcomers: its tier's, or that of a tighter neighbour that lives with it.
 
-        A tier in demand that holds no backend lives with the nearest looser tier that has exactly one. Keeping
-        the tighter pace from then on means that loose requests, however many, cannot starve it.
+        A tier in demand that holds no backend lives with the nearest looser tier that has exactly one. From then
+        on the backend keeps the tighter pace, and `NEIGHBOUR_RESERVE` of the room within it is not for the looser
+        ones, so that they, however many, cannot starve it.
         """
         if ledger.tier is None or ledger.tier not in self.tiers:
             return math.inf
@@ -162,7 +165,9 @@ class Fleet:
             if self.tier_size(tighter.name):
                 break
             if self.active(tighter.name, now_s):
-                pace_s = tighter.host_tpot_s
+                backend = ledger.backend
+                room_s = tighter.host_tpot_s - backend.step_time.decode_seconds(1, 0) * backend.margin
+                pace_s = tighter.host_tpot_s - NEIGHBOUR_RESERVE * max(room_s, 0.0)
         return pace_s
 
     def neighbours(self, tier: Tier) -> Iterator[Ledger]:

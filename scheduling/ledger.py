@@ -190,6 +190,8 @@ class Ledger:
         self.stored_decodes -= resident.cost.decodes
         self.stored_kv_tokens -= resident.cost.peak_kv_tokens
         self.stored_prefill_tokens -= resident.cost.prefill_tokens
+        if not resident.first_token:
+            self.prefill_since_s = now_s  # whose prompt the engine had been at is not known
         self.refresh(now_s)
         return resident
 
@@ -220,10 +222,13 @@ class Ledger:
                     queued += count
                     queued_tokens += resident.prefill_tokens
                     if not resident.lost:
+                        left_s = resident.due_s() - max(resident.expected_first_s, now_s)
+                        if left_s < 0.0 and resident.request.streamed:
+                            resident.lost = True
+                            continue
                         tpot_s = resident.tpot_s
                         if tpot_s < tightest:
                             tightest = tpot_s
-                        left_s = resident.due_s() - max(resident.expected_first_s, now_s)
                         if left_s < queued_slack.get(tpot_s, math.inf):
                             queued_slack[tpot_s] = left_s
                     continue

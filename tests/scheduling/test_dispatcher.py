@@ -504,7 +504,9 @@ def test_a_tier_without_a_backend_lives_with_its_looser_neighbour() -> None:
     play = Play()
     play.add("a", "slow")
     assert play.arrives("r1", "fast") == ["reserve r1#1 on a: shared"]
-    assert play.dispatcher.fleet.host_tpot_s(play.ledger("a"), play.now_s) == 0.020
+    # From then on loose requests leave a quarter of the room between an idle step and 20 ms to it.
+    assert play.dispatcher.fleet.host_tpot_s(play.ledger("a"), play.now_s) == pytest.approx(0.020 - 0.009 / 4)
+    assert play.dispatcher.fleet.host_tpot_s(play.ledger("a"), play.now_s + 31.0) == 0.100
 
 
 def test_a_tier_in_demand_takes_a_backend_from_the_largest_holder() -> None:
@@ -519,40 +521,36 @@ def test_a_tier_in_demand_takes_a_backend_from_the_largest_holder() -> None:
 
 
 def test_one_backend_four_tiers_and_constant_loose_load_do_not_starve_a_tight_request() -> None:
-    """Loose requests keep coming, ten a second; a tight client comes back as often as it is told to."""
+    """Forty loose requests come every second; a tight client comes again a second after it was refused."""
     play = Play(options=Options(rebalance_period_s=1e9, handback_period_s=1e9))
     play.add("a", "slow")
     running: dict[str, float] = {}
-    served = None
-    retry_s = 3.0
-    tries = 0
-    full_at_first = False
+    seen = tries = most = 0
     for tick in range(400):
         play.now_s = tick * 0.05
-        for lease, until_s in list(running.items()):
-            if until_s <= play.now_s:
-                del running[lease]
-                play.ended(lease)
+        for lease in [lease for lease, until_s in running.items() if until_s <= play.now_s]:
+            del running[lease]
+            play.ended(lease)
         play.progress(list(running))
         play.tell(ev.TimePassed())
         for index in range(2):
-            name = f"loose{tick}-{index}"
-            lines = play.arrives(name, "slow", 10)
-            if lines[0].startswith("reserve"):
-                play.granted(f"{name}#1")
-                play.first(f"{name}#1")
-                running[f"{name}#1"] = play.now_s + 50 * 0.08
-        if play.now_s >= retry_s and served is None:
+            play.arrives(f"loose{tick}-{index}", "slow", 10)
+        if tick >= 60 and tick % 20 == 0:
             tries += 1
-            lines = play.arrives(f"tight{tries}", "fast", 50)
-            full_at_first = full_at_first or lines[0].startswith("hold")
-            retry_s = play.now_s + 1.0
-        if served is None and any(line.startswith("reserve tight") for line in play.log):
-            served = play.now_s
-    assert play.ledger("a").seqs > 0
-    assert served is not None
-    assert served < 10.0, "the loose residents of the time it first asked are gone by then"
-    assert full_at_first
+            most = most or play.ledger("a").seqs
+            play.arrives(f"tight{tries}", "fast", 50)
+        while seen < len(play.log):
+            if play.log[seen].startswith("reserve"):
+                lease = play.log[seen].split()[1]
+                play.granted(lease)
+                play.first(lease)
+                running[lease] = play.now_s + 4.0
+            seen += 1
+    assert most == 90, "when it first came the backend was full of loose requests"
+    served = [line for line in play.log if line.startswith("open tight")]
+    refused = [line for line in play.log if line.startswith("refuse tight")]
+    assert len(refused) <= 6, "the residents of the time it first came are gone after four seconds"
+    assert len(served) >= tries - 6
 
 
 def test_a_tier_whose_only_backend_is_down_lives_with_its_neighbour() -> None:
