@@ -1,0 +1,255 @@
+"""Each verdict alone, and what the limits of a reservation really promise."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import profiles
+from scheduling.backends import Backend, EngineLimits
+from scheduling.decisions import Verdict
+from scheduling.feasible import Ask, _wait_verdict, judge, limits_for, residents_keep_pace
+from scheduling.ledger import Ledger, Resident
+from scheduling.lengths import FixedLength
+from scheduling.load import LoadVector
+from scheduling.predict import Prefill, walk_prefill
+from scheduling.requests import Request
+from scheduling.tiers import Slo
+from tests.scheduling.play import backend, cost_of, request
+from tiergate_engine.steptime import RooflineStepTime
+
+PROFILE = profiles.load("rtxpro6000-qwen3-32b-bf16")
+LENGTHS = FixedLength(50.0)
+
+
+def ask_for(asked: Request, output_tokens: float = 50.0) -> Ask:
+    tpot_s = math.inf if asked.slo.tpot_s is None else asked.slo.tpot_s
+    return Ask(asked, output_tokens, tpot_s, asked.slo.deadline_s(asked.arrival_s, 0))
+
+
+def put(ledger: Ledger, name: str, generated: int = 0, now_s: float = 0.0, **changes: object) -> Resident:
+    """A resident; one with tokens decodes."""
+    asked = request(name, **changes)  # type: ignore[arg-type]  # a test's shorthand
+    one = Resident(name, asked, cost_of(asked), LENGTHS, now_s, guest=False)
+    one.expected_first_s = now_s
+    ledger.place(one, now_s)
+    if generated:
+        ledger.first_token(name, now_s)
+        one.advance(generated, now_s)
+        ledger.refresh(now_s)
+    return one
+
+
+def verdict(ledger: Ledger, asked: Request, host_s: float = math.inf, now_s: float = 0.0) -> Verdict:
+    return judge(ledger, ask_for(asked), host_s, now_s).verdict
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------
+
+
+def test_feasible_with_every_number() -> None:
+    judged = judge(Ledger(backend()), ask_for(request("a")), 0.015, 0.0)
+    assert judged.feasible
+    assert judged.ttft_s == pytest.approx(0.020)
+    assert judged.tpot_s == pytest.approx(0.011)
+    assert judged.peak_kv_tokens == 150
+    assert judged.pace_s == 0.015, "the tightest of host, newcomer and residents"
+
+
+def test_steady_state_by_the_host() -> None:
+    ledger = Ledger(backend())
+    assert verdict(ledger, request("a", "slow"), host_s=0.012) is Verdict.FEASIBLE
+    assert verdict(ledger, request("a", "slow"), host_s=0.0109) is Verdict.STEADY_STATE
+
+
+def test_steady_state_by_the_newcomer() -> None:
+    assert verdict(Ledger(backend()), request("a", slo=Slo(1.0, 0.0109))) is Verdict.STEADY_STATE
+
+
+def test_steady_state_by_a_resident_who_is_tighter_than_host_and_newcomer() -> None:
+    """A backend that was relabelled keeps the pace of those who were there before."""
+    ledger = Ledger(backend())
+    put(ledger, "tight", 20, slo=Slo(5.0, 0.0115))
+    assert verdict(ledger, request("a", "slow"), host_s=0.1) is Verdict.STEADY_STATE
+
+
+def test_the_margin_counts() -> None:
+    assert verdict(Ledger(backend(margin=1.9)), request("a")) is Verdict.STEADY_STATE
+    assert verdict(Ledger(backend(margin=1.5)), request("a")) is Verdict.FEASIBLE
+
+
+def test_steady_state_looks_at_the_kv_peak_not_at_today() -> None:
+    step_time = RooflineStepTime(c0_s=0.010, per_kv_s=1e-5)
+    ledger = Ledger(backend(step_time=step_time))
+    asked = request("a", prompt_tokens=900)
+    assert judge(ledger, ask_for(asked, 50), math.inf, 0.0).feasible
+    assert judge(ledger, ask_for(asked, 200), math.inf, 0.0).verdict is Verdict.STEADY_STATE
+
+
+def test_the_steady_state_has_no_prefill_in_it() -> None:
+    """A prompt whose chunk takes 200 ms is welcome on a 20 ms backend while nobody is there to be hurt."""
+    assert verdict(Ledger(backend()), request("a", prompt_tokens=2000), host_s=0.020) is Verdict.FEASIBLE
+
+
+def test_memory() -> None:
+    ledger = Ledger(backend(kv_tokens=400))
+    put(ledger, "x", 20, tier="slow", prompt_tokens=200)
+    assert verdict(ledger, request("a", "slow", 120)) is Verdict.FEASIBLE
+    assert verdict(ledger, request("a", "slow", 121)) is Verdict.MEMORY
+
+
+def test_an_idle_backend_takes_what_memory_may_not_hold() -> None:
+    """The expected length may be wrong; the engine's own limit decides."""
+    assert verdict(Ledger(backend(kv_tokens=100)), request("a", "slow", 90)) is Verdict.FEASIBLE
+
+
+def test_full() -> None:
+    ledger = Ledger(backend(max_running_seqs=2))
+    put(ledger, "x", 20, tier="slow")
+    assert verdict(ledger, request("a", "slow")) is Verdict.FEASIBLE
+    assert verdict(ledger, request("a", "slow", sequences=2)) is Verdict.FULL
+
+
+def test_too_long() -> None:
+    assert verdict(Ledger(backend(max_model_tokens=100)), request("a", "slow", 100)) is Verdict.TOO_LONG
+
+
+def test_first_token() -> None:
+    ledger = Ledger(backend())
+    assert verdict(ledger, request("a", slo=Slo(0.020001, 0.02))) is Verdict.FEASIBLE
+    assert verdict(ledger, request("a", slo=Slo(0.0199, 0.02))) is Verdict.FIRST_TOKEN
+    asked = request("a", slo=Slo(0.5, 0.02))
+    assert verdict(ledger, asked, now_s=0.479) is Verdict.FEASIBLE, "time already waited counts"
+    assert verdict(ledger, asked, now_s=0.4811) is Verdict.FIRST_TOKEN
+
+
+def test_second_token_looks_at_the_step_after_the_first() -> None:
+    """Engines that serve prompts in order make this step a decode step, which the steady state bounds already; so
+    the check is asked directly, with a slower one."""
+    ledger = Ledger(backend())
+    ask = ask_for(request("a", slo=Slo(0.5, 0.02)))
+    for next_s, expected in ((0.119, Verdict.FEASIBLE), (0.121, Verdict.SECOND_TOKEN)):
+        prefill = Prefill(0.1, 0.3, 0.3, 1, 0.3, 1.0, next_s)
+        assert _wait_verdict(ledger, ask, prefill, 0.0) is expected
+
+
+def test_resident_slack() -> None:
+    """200 ms of prompt on a backend whose resident has less than that banked."""
+    for generated, expected in ((2, Verdict.RESIDENT_SLACK), (30, Verdict.FEASIBLE)):
+        ledger = Ledger(backend())
+        put(ledger, "x", generated, now_s=0.45)
+        asked = request("a", "slow", 2000, arrival_s=0.45)
+        assert verdict(ledger, asked, host_s=0.1, now_s=0.45) is expected, generated
+
+
+def test_one_without_a_promise_is_hurt_by_nothing() -> None:
+    ledger = Ledger(backend())
+    put(ledger, "x", 2, tier="best")
+    assert verdict(ledger, request("a", "slow", 2000), host_s=0.1) is Verdict.FEASIBLE
+
+
+def test_nothing_predicted_counts_while_uncalibrated() -> None:
+    ledger = Ledger(backend(calibrated=False, max_running_seqs=2, kv_tokens=20_000))
+    put(ledger, "x", 2, now_s=0.6)
+    late = request("a", slo=Slo(0.001, 0.001), prompt_tokens=5000)
+    judged = judge(ledger, ask_for(late), 0.001, 5.0)
+    assert judged.feasible
+    assert judged.ttft_s is not None
+    assert judged.ttft_s > 5.0, "the numbers are told all the same"
+    put(ledger, "y", 2, now_s=0.6)
+    assert verdict(ledger, late) is Verdict.FULL
+
+
+# --- residents ---------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    st.integers(1, 9000),
+    st.sampled_from([256, 512, 2048]),
+    st.floats(0.3, 0.5),
+)
+def test_a_placement_that_passes_makes_no_residents_token_late(
+    generated: list[int], prompt_tokens: int, chunk_tokens: int, now_s: float
+) -> None:
+    """The closed form against walking the prompt's steps one by one: each gives every resident one token."""
+    ledger = Ledger(backend(max_batched_tokens=chunk_tokens))
+    for index, tokens in enumerate(generated):
+        put(ledger, f"x{index}", tokens, now_s=now_s)
+    walked = walk_prefill(ledger, request("a", "slow", prompt_tokens), now_s, math.inf)
+    if not residents_keep_pace(ledger, walked):
+        return
+    room = chunk_tokens - ledger.decodes
+    at_s, left, step = now_s + walked.wait_s, prompt_tokens, 0
+    while left > 0:
+        chunk = min(room, left)
+        at_s += ledger.backend.step_time.seconds_of(chunk, 1, 0, 0.0, ledger.decodes, ledger.decode_kv_tokens)
+        left -= chunk
+        for one in ledger.residents.values():
+            if not one.lost:
+                due_s = one.request.slo.deadline_s(0.0, one.generated_tokens + step)
+                assert at_s <= due_s + 1e-9
+        step += 1
+
+
+def test_the_tokens_of_a_resident_whose_prompt_is_ahead_stay_on_time() -> None:
+    ledger = Ledger(backend(max_batched_tokens=500))
+    one = put(ledger, "x", 0, prompt_tokens=100, slo=Slo(0.1, 0.012))
+    one.expected_first_s = 0.02
+    ledger.refresh(0.0)
+    small = walk_prefill(ledger, request("a", prompt_tokens=20), 0.0, 1.0)
+    assert residents_keep_pace(ledger, small)
+    large = walk_prefill(ledger, request("a", prompt_tokens=4000), 0.0, 1.0)
+    assert not residents_keep_pace(ledger, large)
+
+
+# --- limits ------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(0, 60),
+    st.sampled_from([0.06, 0.075, 0.1, 0.15, 0.3]),
+    st.sampled_from([1.0, 1.1]),
+    st.sampled_from([None, 80_000]),
+)
+def test_any_load_inside_the_box_keeps_the_steady_pace(
+    seed: int, residents: int, host_s: float, margin: float, kv_tokens: int | None
+) -> None:
+    """Whatever other replicas add within the limits, the steps at the KV peak stay within the pace."""
+    rng = Random(seed)
+    limits = EngineLimits(256, 2048, kv_tokens, 40_000)
+    ledger = Ledger(Backend("a", PROFILE.step_time, limits=limits, margin=margin))
+    ledger.foreign = LoadVector(rng.randrange(5), rng.randrange(5000), 0)
+    for index in range(residents):
+        put(ledger, f"x{index}", rng.randrange(1, 50), slo=Slo(5.0, 1.0), prompt_tokens=rng.randrange(10, 2000))
+    asked = request("new", slo=Slo(60.0, 1.0), prompt_tokens=rng.randrange(10, 4000))
+    ask = ask_for(asked, rng.randrange(1, 500))
+    judged = judge(ledger, ask, host_s, 0.0)
+    if not judged.feasible:
+        return
+    assert judged.peak_kv_tokens is not None
+    box = limits_for(ledger, ask, judged)
+    cost = cost_of(asked, ask.output_tokens)
+    base_decodes = ledger.stored_decodes + ledger.foreign.decodes + cost.decodes
+    base_kv = ledger.stored_kv_tokens + ledger.foreign.peak_kv_tokens + cost.peak_kv_tokens
+    assert base_decodes <= box.decodes, "the placement itself is inside"
+    assert base_kv <= box.peak_kv_tokens
+    assert ledger.stored_prefill_tokens + cost.prefill_tokens <= box.queued_prefill_tokens
+    more = rng.randint(0, box.decodes - base_decodes), rng.randint(0, box.peak_kv_tokens - base_kv)
+    seqs, kv = ledger.seqs + 1 + more[0], judged.peak_kv_tokens + more[1]
+    assert PROFILE.step_time.decode_seconds(seqs, kv) * margin <= host_s + 1e-9
+    if kv_tokens is not None:
+        assert kv <= max(kv_tokens, judged.peak_kv_tokens)
+    assert seqs <= 256
+
+
+def test_a_box_is_not_empty_of_room() -> None:
+    ledger = Ledger(backend())
+    ask = ask_for(request("a"))
+    box = limits_for(ledger, ask, judge(ledger, ask, 0.02, 0.0))
+    assert box.decodes in {9, 10}, "ten decodes take 20 ms"
