@@ -7,6 +7,8 @@ largest holder; only newcomers obey a new label, residents drain under their own
 
 from __future__ import annotations
 
+from itertools import chain
+
 from scheduling import events as ev
 from scheduling.feasible import judge
 from scheduling.fleet import Fleet, is_open
@@ -25,12 +27,13 @@ class Elastic:
         self._shares = Shares()
 
     def claim_for(self, ticket: Ticket, now_s: float) -> ev.Claim | None:
-        """A backend for a tier that starts holding: from the pool, or, for a tier that has none at all, from
-        the largest holder. One claim a tier at a time."""
+        """A backend for a tier that starts holding: from the pool, else one that stands empty in another tier and
+        was not handed back yet, or, for a tier that has none at all, from the largest holder. One claim a tier at
+        a time."""
         fleet, tier = self._fleet, ticket.tier
         if any(ledger.claiming_for == tier.name for ledger in fleet):
             return None
-        for ledger in fleet.pool():
+        for ledger in chain(fleet.pool(), fleet.empty_beside(tier.name)):
             if not is_open(ledger) or now_s < ledger.blocked_until_s or ledger.backend.name in ticket.excluded:
                 continue
             if not ledger.backend.serves(ticket.request.model):

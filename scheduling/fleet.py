@@ -15,7 +15,7 @@ from scheduling.tiers import Tier, TierSet
 
 _Key = tuple[float, float, str]
 NEIGHBOUR_RESERVE = 0.25
-"""Part of the time between an idle backend's step and a tighter neighbour's pace that is kept for that neighbour."""
+"""Part of the time between an idle backend's step and a tighter neighbour's pace that is kept for the latter."""
 _CLOSED = ""  # where backends are listed that take nothing; no tier has this name
 
 
@@ -132,6 +132,18 @@ class Fleet:
         """Backends of no tier that are up and that nobody is claiming here, by name."""
         ledgers = self._ledgers
         return [ledgers[key[2]] for key in self._order.get(None, ()) if ledgers[key[2]].claiming_for is None]
+
+    def empty_beside(self, tier: str) -> Iterator[Ledger]:
+        """Backends of other tiers that carry nothing and may be relabelled: the tails of the gradients."""
+        for name, order in self._order.items():
+            if name is None or name == tier:
+                continue
+            for load, _, backend in reversed(order):
+                if load:
+                    break
+                ledger = self._ledgers[backend]
+                if ledger.idle and ledger.claiming_for is None and not ledger.backend.pinned:
+                    yield ledger
 
     def serving(self, model: str) -> Iterable[Ledger]:
         return (ledger for ledger in self._ledgers.values() if ledger.backend.serves(model))
