@@ -82,6 +82,11 @@ class Pace:
         """The ticket's opening is over, one way or the other."""
         self._of(ticket).opening -= 1
 
+    @property
+    def openings(self) -> int:
+        """Streams that are being opened, on all backends."""
+        return sum(backend.opening for backend in self._backends.values())
+
     def first_token(self, ticket: Ticket) -> None:
         """Its first token came: learn, if it was prefilled alone."""
         backend = self._of(ticket)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.contract import (
@@ -17,6 +17,7 @@ from adapters.contract import (
     Failure,
     OutgoingRequest,
     Support,
+    UpstreamCall,
     UpstreamError,
     UpstreamResponse,
 )
@@ -105,7 +106,10 @@ class Relay:
         )
         ticket.opened_s = ticket.last_bytes_s = self._clock()
         ticket.stalled = False
-        response = await out.adapter.upstream.open(replace(prepared, timeout_s=self._limits.head_s))
+        # Built anew rather than with dataclasses.replace, which costs more than all of `prepare`.
+        head_s = self._limits.head_s
+        timed = UpstreamCall(prepared.method, prepared.path, prepared.headers, prepared.body, head_s)
+        response = await out.adapter.upstream.open(timed)
         ticket.last_bytes_s = self._clock()
         ticket.abort = response.abort
         try:

@@ -292,7 +292,11 @@ async def settled(made: Gateway) -> None:
 
 def idle(made: Gateway) -> bool:
     """Conservation, and no load anywhere."""
-    return made.view.conserved() and all(
-        numbers.decodes == numbers.peak_kv_tokens == numbers.queued_prefill_tokens == 0
-        for numbers in made.view.numbers()
+    return (
+        made.view.conserved()
+        and made.shell.pace.openings == 0
+        and all(
+            numbers.decodes == numbers.peak_kv_tokens == numbers.queued_prefill_tokens == 0
+            for numbers in made.view.numbers()
+        )
     )
