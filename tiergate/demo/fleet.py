@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -70,31 +71,37 @@ async def gateway(
     port = free_ports(1)[0]
     token = secrets.token_urlsafe(16)
     config = work / f"gateway-{name}.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "port": port,
-                "admin_token": token,
-                "log_requests": False,
-                "default_tier": size.tiers[-1].name,
-                "tiers": [{"name": t.name, "ttft_ms": t.ttft_ms, "tpot_ms": t.tpot_ms} for t in size.tiers],
-                "policy": {"name": policy, "options": _POLICY_OPTIONS},
-                "backends": [
-                    {
-                        "name": f"engine-{number}",
-                        "url": url,
-                        "profile": profile,
-                        "limits": {"max_batched_tokens": size.chunk_tokens},
-                    }
-                    for number, url in enumerate(engines, 1)
-                ],
-            }
-        ),
-        encoding="utf-8",
-    )
-    config.chmod(0o600)
+    settings = _settings(size, policy, engines, profile, port, token)
+    await asyncio.to_thread(_write_secret, config, yaml.safe_dump(settings))
     log = work / f"gateway-{name}.log"
     async with tiergate(["serve", "--config", str(config)], log) as process:
         url = f"http://127.0.0.1:{port}"
         await ready(http, f"{url}/readyz", process, log)
         yield Gateway(url, token, http)
+
+
+def _settings(
+    size: Size, policy: str, engines: Sequence[str], profile: str, port: int, token: str
+) -> dict[str, object]:
+    return {
+        "port": port,
+        "admin_token": token,
+        "log_requests": False,
+        "default_tier": size.tiers[-1].name,
+        "tiers": [{"name": tier.name, "ttft_ms": tier.ttft_ms, "tpot_ms": tier.tpot_ms} for tier in size.tiers],
+        "policy": {"name": policy, "options": _POLICY_OPTIONS},
+        "backends": [
+            {
+                "name": f"engine-{number}",
+                "url": url,
+                "profile": profile,
+                "limits": {"max_batched_tokens": size.chunk_tokens},
+            }
+            for number, url in enumerate(engines, 1)
+        ],
+    }
+
+
+def _write_secret(path: Path, text: str) -> None:
+    path.touch(mode=0o600)
+    path.write_text(text, encoding="utf-8")

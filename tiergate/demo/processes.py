@@ -39,7 +39,8 @@ def tail(log: Path) -> str:
 @contextlib.asynccontextmanager
 async def tiergate(arguments: Sequence[str], log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
     """`tiergate ARGUMENTS` in a process and session of its own, its output in `log`, stopped on the way out."""
-    with log.open("wb") as out:
+    out = await asyncio.to_thread(log.open, "wb")
+    try:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tiergate", *arguments),
             stdin=asyncio.subprocess.DEVNULL,
@@ -47,6 +48,8 @@ async def tiergate(arguments: Sequence[str], log: Path) -> AsyncIterator[asyncio
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
         )
+    finally:
+        await asyncio.to_thread(out.close)
     try:
         yield process
     finally:
@@ -75,11 +78,13 @@ async def ready(
         async with asyncio.timeout(within_s):
             while True:
                 if process.returncode is not None:
-                    raise CommandFailed(f"a process of the demo ended with {process.returncode}:\n{tail(log)}")
+                    said = await asyncio.to_thread(tail, log)
+                    raise CommandFailed(f"a process of the demo ended with {process.returncode}:\n{said}")
                 with contextlib.suppress(aiohttp.ClientError):
                     async with http.get(url) as answer:
                         if answer.status == 200:
                             return
                 await asyncio.sleep(0.1)
     except TimeoutError:
-        raise CommandFailed(f"{url} did not answer within {within_s:.0f} s:\n{tail(log)}") from None
+        said = await asyncio.to_thread(tail, log)
+        raise CommandFailed(f"{url} did not answer within {within_s:.0f} s:\n{said}") from None

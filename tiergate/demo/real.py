@@ -41,7 +41,7 @@ async def real_engines(size: Size, work: Path, say: Callable[[str], None]) -> As
         async with contextlib.AsyncExitStack() as stack:
             for server in servers:
                 stack.push_async_callback(asyncio.to_thread, server.stop)
-                server.launch()
+                await asyncio.to_thread(server.launch)
             for server in servers:
                 await asyncio.to_thread(server.wait_ready)
             profile = await _measure(urls[0], MODEL_NAME, size.chunk_tokens, work, say)
@@ -57,5 +57,5 @@ async def _measure(url: str, model: str, chunk_tokens: int, work: Path, say: Cal
     arguments += ["--chunk-tokens", str(chunk_tokens), "--max-seconds", str(_PROFILE_S)]
     async with tiergate(arguments, log) as process:
         if await process.wait() != 0:
-            raise CommandFailed(f"tiergate profile failed:\n{tail(log)}")
+            raise CommandFailed(f"tiergate profile failed:\n{await asyncio.to_thread(tail, log)}")
     return profile

@@ -65,7 +65,7 @@ async def _side_by_side(
                 for seed in seeds
             ]
     except* CommandFailed as failed:
-        raise failed.exceptions[0] from None
+        raise _first(failed) from None
     return [task.result() for task in tasks]
 
 
@@ -92,8 +92,8 @@ async def _one(
         bench = await stack.enter_async_context(tiergate(_bench_arguments(size, seed, model, front, result), log))
         if view is not None:
             await stack.enter_async_context(_watching(front, view, policy, seed))
-        if await bench.wait() != 0 or not result.exists():
-            raise CommandFailed(f"tiergate bench failed:\n{tail(log)}")
+        if await bench.wait() != 0:
+            raise CommandFailed(f"tiergate bench failed:\n{await asyncio.to_thread(tail, log)}")
         after = await front.state()
         read = await asyncio.to_thread(BenchFile.read, result)
         spent = _number(after, "backend_seconds") - _number(before, "backend_seconds")
@@ -127,6 +127,12 @@ async def _watching(front: Gateway, view: LiveView, policy: str, seed: int) -> A
             yield
         finally:
             task.cancel()
+
+
+def _first(group: BaseExceptionGroup[CommandFailed]) -> CommandFailed:
+    """One of the failures: the others are its echoes."""
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 def _number(state: dict[str, object], key: str) -> float:
