@@ -39,9 +39,29 @@ def tail(log: Path) -> str:
 @contextlib.asynccontextmanager
 async def tiergate(arguments: Sequence[str], log: Path) -> AsyncIterator[asyncio.subprocess.Process]:
     """`tiergate ARGUMENTS` in a process and session of its own, its output in `log`, stopped on the way out."""
+    # Neither may be cut short: a start or a stop that is cancelled half-way leaves a process that nobody knows.
+    loop = asyncio.get_running_loop()
+    starting = loop.create_task(_start(arguments, log))
+    try:
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _stop(await starting)
+        raise
+    try:
+        yield process
+    finally:
+        stopping = loop.create_task(_stop(process))
+        try:
+            await asyncio.shield(stopping)
+        except asyncio.CancelledError:
+            await stopping
+            raise
+
+
+async def _start(arguments: Sequence[str], log: Path) -> asyncio.subprocess.Process:
     out = await asyncio.to_thread(log.open, "wb")
     try:
-        process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tiergate", *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=out,
@@ -50,10 +70,6 @@ async def tiergate(arguments: Sequence[str], log: Path) -> AsyncIterator[asyncio
         )
     finally:
         await asyncio.to_thread(out.close)
-    try:
-        yield process
-    finally:
-        await _stop(process)
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
