@@ -9,13 +9,10 @@ import math
 from dataclasses import dataclass
 
 from scheduling.decisions import Verdict
-from scheduling.ledger import Ledger
+from scheduling.ledger import SLACK_RESERVE, Ledger
 from scheduling.load import Limits
 from scheduling.predict import DEFAULT_CHUNK_TOKENS, Prefill, expected_tpot_s, steady_step_s, walk_prefill
 from scheduling.requests import Request
-
-SLACK_RESERVE = 1.0
-"""Paces of slack that no placement may plan to spend."""
 
 
 @dataclass(slots=True)
@@ -64,7 +61,7 @@ def fits_hard_limits(ledger: Ledger, ask: Ask) -> Verdict | None:
 
 
 def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float) -> Judgement:
-    """Every promise, in order: caps, steady state, memory, first token, second token, residents' slack."""
+    """Every promise, in order: caps, memory, steady state, first token, second token, residents' slack."""
     backend = ledger.backend
     pace_s = min(host_tpot_s, ask.own_tpot_s, ledger.tightest_tpot_s)
     enforced = backend.calibrated
@@ -76,12 +73,12 @@ def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float) -> Judgeme
 
     request = ask.request
     peak = ledger.peak_kv_with(request.prompt_tokens, ask.output_tokens, request.sequences)
+    capacity = backend.limits.kv_tokens
+    if capacity is not None and peak > capacity and ledger.seqs:
+        return Judgement(Verdict.MEMORY, None, None, peak, pace_s)
     steady_s = steady_step_s(ledger, request, peak)
     if enforced and steady_s * backend.margin > pace_s:
         return Judgement(Verdict.STEADY_STATE, None, steady_s, peak, pace_s)
-    capacity = backend.limits.kv_tokens
-    if capacity is not None and peak > capacity and ledger.seqs:
-        return Judgement(Verdict.MEMORY, None, steady_s, peak, pace_s)
 
     prefill = walk_prefill(ledger, request, now_s, pace_s)
     ttft_s = now_s - request.arrival_s + prefill.service_s

@@ -6,7 +6,8 @@ token, progress, ended), so that a decision reads sums and short arrays instead 
 * `seqs`, `kv_tokens`, `queued_prefill_tokens`: sums over residents, here and on other replicas;
 * the **growth curve**: how KV rises and falls until the last resident has ended, so the peak with a newcomer
   costs a binary search (PolyServe §4.5 simulates future iterations for the same number);
-* the **slack floor**: per pace, the least time any resident has left until its next token is due.
+* the **slack floor**: per pace, the least time any resident has left until its next token is due, and from it the
+  longest first chunk of a prompt that makes nobody late.
 
 A resident whose token is late already has lost its promise: it is served on, but holds nobody back.
 """
@@ -22,7 +23,12 @@ from scheduling.backends import Backend
 from scheduling.lengths import LengthModel
 from scheduling.load import Cost, LoadVector
 from scheduling.requests import Request
+from tiergate_engine.step import Step
 
+SLACK_RESERVE = 1.0
+"""Paces of slack that no placement may plan to spend."""
+
+_MOST_CHUNK_TOKENS = 65_536  # where an engine's token budget is not known
 _BY_REMAINING = attrgetter("remaining_tokens")
 _NOTHING = LoadVector()
 
@@ -106,6 +112,7 @@ class Ledger:
         "_suffix_seqs",
         "backend",
         "blocked_until_s",
+        "chunk_room_tokens",
         "claiming_for",
         "decode_kv_tokens",
         "decodes",
@@ -168,6 +175,7 @@ class Ledger:
         self._suffix_seqs: list[int] = [0]
         self._before: list[float] = []
         self._after: list[float] = [0.0]
+        self.chunk_room_tokens = math.inf
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
 
     # --- events --------------------------------------------------------------------------------------------
@@ -177,11 +185,15 @@ class Ledger:
             self.prefill_since_s = now_s
         self.prefill_work = self._decayed_work(now_s) + resident.cost.prefill_tokens
         self.prefill_work_s = now_s
+        first = not self.residents
         self.residents[resident.lease_id] = resident
         self.stored_decodes += resident.cost.decodes
         self.stored_kv_tokens += resident.cost.peak_kv_tokens
         self.stored_prefill_tokens += resident.cost.prefill_tokens
-        self.refresh(now_s)
+        if first:
+            self.refresh(now_s)
+        else:
+            self._add(resident, now_s)
 
     def remove(self, lease_id: str, now_s: float) -> Resident | None:
         resident = self.residents.pop(lease_id, None)
@@ -204,13 +216,27 @@ class Ledger:
             self.last_step_s = now_s
             self.refresh(now_s)
 
+    def _add(self, resident: Resident, now_s: float) -> None:
+        """What `refresh` makes of a newcomer whose prompt is queued, without looking at the others."""
+        count = resident.request.sequences
+        self.seqs += count
+        self.queued += count
+        self.kv_tokens += resident.kv_tokens
+        self.queued_prefill_tokens += resident.prefill_tokens
+        if not resident.lost:
+            self.tightest_tpot_s = min(self.tightest_tpot_s, resident.tpot_s)
+            floor = dict(self.queued_slack_floor)
+            left_s = resident.due_s() - max(resident.expected_first_s, now_s)
+            floor[resident.tpot_s] = min(left_s, floor.get(resident.tpot_s, math.inf))
+            self.queued_slack_floor = tuple(floor.items())
+        self._draw_growth()
+
     def refresh(self, now_s: float) -> None:
         """Bring every sum up to date: linear in residents, once an event, never in a decision."""
         if not self.residents:
             self._clear_sums()
             return
-        slack: dict[float, float] = {}
-        queued_slack: dict[float, float] = {}
+        slack, queued_slack = dict[float, float](), dict[float, float]()
         seqs = decodes = kv_tokens = decode_kv_tokens = queued = queued_tokens = 0
         tightest = math.inf
         for resident in self.residents.values():
@@ -257,8 +283,19 @@ class Ledger:
         self.tightest_tpot_s = tightest
         self.slack_floor = tuple(slack.items())
         self.queued_slack_floor = tuple(queued_slack.items())
+        self.chunk_room_tokens = self._chunk_room()
         self._draw_growth()
-        self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
+
+    def _chunk_room(self) -> float:
+        """Tokens of a prompt that may be in one step so that every resident's next token is on time."""
+        if not self.slack_floor:
+            return math.inf
+        backend = self.backend
+        most = max((backend.limits.max_batched_tokens or _MOST_CHUNK_TOKENS) - self.decodes, 1)
+        within_s = min([slack_s + (1.0 - SLACK_RESERVE) * tpot_s for tpot_s, slack_s in self.slack_floor])
+        decodes = Step.decode(self.decodes, self.decode_kv_tokens)
+        room = backend.step_time.chunk_tokens(decodes, within_s / backend.margin, 0, most)
+        return room if room < most else math.inf
 
     def _guess_progress(self, resident: Resident, now_s: float) -> None:
         """A request that is not streamed shows nothing: it is taken to run at the backend's pace."""
@@ -267,7 +304,7 @@ class Ledger:
         resident.advance(min(tokens, resident.request.max_output_tokens or tokens), now_s)
 
     def _draw_growth(self) -> None:
-        """KV at each expected end, residents sorted by what they have left.
+        """KV at each expected end, residents sorted by what they have left, and what follows from its peak.
 
         Just before the j-th end (remaining e_j) the KV is sum over i >= j of (kv_i + seqs_i * e_j).
         """
@@ -287,6 +324,7 @@ class Ledger:
         after.reverse()
         self._after = after
         self.peak_kv_tokens = math.ceil(after[0])
+        self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
 
     # --- questions -----------------------------------------------------------------------------------------
 

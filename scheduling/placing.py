@@ -12,7 +12,7 @@ from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge, limits_
 from scheduling.ledger import Ledger
 from scheduling.load import Cost, ReserveCandidate
 from scheduling.policies.protocol import Admission, Stage
-from scheduling.predict import expected_tpot_s, steady_step_s, walk_prefill
+from scheduling.predict import expected_tpot_s, own_prompt_tokens, steady_step_s, walk_prefill
 
 RECORDED_CANDIDATES = 24
 """Candidates a decision names one by one; the rest are counted by verdict in its reason."""
@@ -50,14 +50,16 @@ def look(
     seen: list[tuple[Ledger, Verdict, Judgement | None]] = []
     every_promise = admission is Admission.EVERY_PROMISE
     model = ask.request.model
+    up, feasible = BackendState.UP, Verdict.FEASIBLE
     own_s = ask.own_tpot_s
+    prompt_tokens = own_prompt_tokens(ask.request)
     for stage in stages:
         host_s = stage.host_tpot_s
         pace_s = min(host_s, own_s)
         for ledger in stage.ledgers:
             backend = ledger.backend
             if (
-                backend.state is not BackendState.UP
+                backend.state is not up
                 or now_s < ledger.blocked_until_s
                 or (backend.models and model not in backend.models)
                 or backend.name in excluded
@@ -65,15 +67,20 @@ def look(
                 seen.append((ledger, Verdict.UNAVAILABLE, None))
                 continue
             if every_promise:
-                # the cheapest check first: even one more token of KV makes steps too slow
-                if backend.calibrated and ledger.floor_s * backend.margin > pace_s:
-                    seen.append((ledger, Verdict.STEADY_STATE, None))
-                    continue
+                # the cheapest checks first: even one more token of KV makes steps too slow, or even the first
+                # chunk of the prompt makes a resident late
+                if backend.calibrated:
+                    if ledger.floor_s * backend.margin > pace_s:
+                        seen.append((ledger, Verdict.STEADY_STATE, None))
+                        continue
+                    if prompt_tokens > ledger.chunk_room_tokens and not backend.dynamic_chunk:
+                        seen.append((ledger, Verdict.RESIDENT_SLACK, None))
+                        continue
                 judged = judge(ledger, ask, host_s, now_s)
             else:
                 judged = _judge_own(ledger, ask, now_s)
             seen.append((ledger, judged.verdict, judged))
-            if judged.verdict is Verdict.FEASIBLE:
+            if judged.verdict is feasible:
                 return _found(seen, Choice(ledger, stage.outcome, host_s, judged))
     return _found(seen, None)
 
@@ -99,9 +106,8 @@ def _judge_own(ledger: Ledger, ask: Ask, now_s: float) -> Judgement:
 
 
 def _found(seen: list[tuple[Ledger, Verdict, Judgement | None]], choice: Choice | None) -> Look:
-    verdicts: dict[Verdict, int] = {}
-    for _, verdict, _ in seen:
-        verdicts[verdict] = verdicts.get(verdict, 0) + 1
+    each = [verdict for _, verdict, _ in seen]
+    verdicts = {verdict: count for verdict in Verdict if (count := each.count(verdict))}
     named = seen
     if len(seen) > RECORDED_CANDIDATES:
         named = [*seen[: RECORDED_CANDIDATES - 1], seen[-1]]

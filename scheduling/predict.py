@@ -69,6 +69,11 @@ def expected_tpot_s(ledger: Ledger, steady_s: float, now_s: float) -> float:
     return steady_s / (1.0 - busy)
 
 
+def own_prompt_tokens(request: Request) -> int:
+    """What an engine has to compute of a request's prompts: all but what its prefix cache has; at least one."""
+    return max((request.prompt_tokens - request.cached_tokens) * request.sequences, 1)
+
+
 def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) -> Prefill:
     """Walk the steps until the newcomer's first token. `pace_s` sets the chunk of an engine that is driven."""
     backend = ledger.backend
@@ -76,7 +81,7 @@ def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) 
     decodes = ledger.decodes
     kv_tokens = ledger.decode_kv_tokens
     cached = request.cached_tokens
-    own = max((request.prompt_tokens - cached) * request.sequences, 1)
+    own = own_prompt_tokens(request)
     chunk = _chunk_tokens(ledger, request, pace_s)
     ahead, wait_s = _ahead(ledger, chunk, now_s)
     decodes += ledger.queued // 2  # those ahead begin to decode on the way

@@ -20,15 +20,17 @@ _ENDS_LOOKED_AT = 16
 def at_once(ticket: Ticket, fleet: Fleet) -> Refusal | None:
     """The refusal of a request that no waiting can help; None when there is hope."""
     request = ticket.request
-    serving = [ledger.backend for ledger in fleet.serving(request.model) if is_open(ledger)]
-    if not serving:
+    longest = None
+    for ledger in fleet.serving(request.model):
+        if is_open(ledger):
+            most = ledger.backend.limits.max_model_tokens
+            if most is None or request.prompt_tokens < most:
+                return None
+            longest = most if longest is None else max(longest, most)
+    if longest is None:
         return Refusal(RefusalKind.NO_BACKEND, f"no backend is up for model {request.model!r}", 1.0)
-    longest = [backend.limits.max_model_tokens for backend in serving]
-    known = [tokens for tokens in longest if tokens is not None]
-    if len(known) == len(longest) and request.prompt_tokens >= max(known):
-        message = f"the prompt has {request.prompt_tokens} tokens; no backend takes more than {max(known)}"
-        return Refusal(RefusalKind.TOO_LONG, message)
-    return None
+    message = f"the prompt has {request.prompt_tokens} tokens; no backend takes more than {longest}"
+    return Refusal(RefusalKind.TOO_LONG, message)
 
 
 def latest_start_s(ticket: Ticket, fleet: Fleet, now_s: float) -> float:

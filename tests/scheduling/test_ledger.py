@@ -176,10 +176,10 @@ def test_one_that_waits_for_its_first_token_past_its_deadline_holds_nobody_back(
     one.expected_first_s = 0.2
     ledger.place(one, 0.0)
     ledger.refresh(0.4)
-    assert ledger.queued_slack_floor == ((0.02, pytest.approx(0.1)),)
+    assert dict(ledger.queued_slack_floor) == {0.02: pytest.approx(0.1)}
     ledger.refresh(0.6)
     assert one.lost
-    assert ledger.queued_slack_floor == ()
+    assert not ledger.queued_slack_floor
     assert ledger.tightest_tpot_s == math.inf
     assert ledger.queued_prefill_tokens == 100, "its prompt is still ahead of others"
 
