@@ -5,12 +5,13 @@ so every one of them finds the same fleet. Backends carry 20 to 150 residents ea
 measured profile. Nothing is kept between decisions: each one predicts every backend it looks at anew, for its own
 prompt length. What ledgers do keep are sums over their residents (counts, KV, the growth curve, slack per pace),
 and they are brought up to date by events, one ledger an event; those events are timed too. The part of a decision
-that is such an event, the newcomer's entry into its ledger, is inside the figure and also told apart. Times are the
+that is such an event, the newcomer's entry into its ledger, is inside the figure and also told apart. Measured is the
 thread's CPU time, so that neighbours on the machine count little.
 
 Scenes: the first feasible backend is the third that is looked at, and the two before it fail the last and dearest
 check; the fleet is saturated and nothing fits, because steps would become too slow, because memory would not last,
-or because residents have no slack left for another prompt (the dearest way to find that out).
+because residents have no slack left for another prompt, or because every queue is too long for the newcomer's own
+first token (the dearest way to find that out: all of the prediction for every backend).
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class Scene:
 
     name: str
     slack_s: Callable[[int], float]  # of the residents, by the backend's place in its tier's order
-    limits: EngineLimits
     pace_factor: float  # on the tiers' paces: below 1 the residents there leave no room in a step
-    placed: bool
+    kv_room_tokens: int | None = None  # beyond the residents' peak
+    ttft_s: float = 5.0  # what the newcomer asks for
+    placed: bool = True
 
 
 def plenty(place: int) -> float:
@@ -71,14 +73,13 @@ def none(place: int) -> float:
     return 0.0
 
 
-def scenes(kv_full: int) -> tuple[Scene, ...]:
-    tight = replace(LIMITS, kv_tokens=kv_full)
-    return (
-        Scene("third candidate fits", lambda place: 0.0 if place < 2 else 20.0, LIMITS, 10.0, placed=True),
-        Scene("saturated: step time", plenty, LIMITS, 0.05, placed=False),
-        Scene("saturated: memory", plenty, tight, 10.0, placed=False),
-        Scene("saturated: residents' slack", none, LIMITS, 10.0, placed=False),
-    )
+SCENES = (
+    Scene("third candidate fits", lambda place: 0.0 if place < 2 else 20.0, 10.0),
+    Scene("saturated: step time", plenty, 0.05, placed=False),
+    Scene("saturated: memory", plenty, 10.0, kv_room_tokens=99, placed=False),
+    Scene("saturated: residents' slack", none, 10.0, placed=False),
+    Scene("saturated: first token", plenty, 10.0, ttft_s=0.05, placed=False),
+)
 
 
 def fill(ledger: Ledger, count: int, tier: str, slo: Slo, slack_s: float, rng: random.Random) -> None:
@@ -111,11 +112,14 @@ def build(backends: int, scene: Scene, step_time: StepTime, seed: int = 1) -> Di
     for index in range(backends):
         name = f"b{index:04}"
         tier = tiers.tiers[index * len(names) // backends]
-        dispatcher.handle(ev.BackendChanged(Backend(name, step_time, limits=scene.limits, margin=1.05)), NOW_S)
+        dispatcher.handle(ev.BackendChanged(Backend(name, step_time, limits=LIMITS, margin=1.05)), NOW_S)
         dispatcher.handle(ev.MembershipChanged(name, tier.name, 1), NOW_S)
         ledger = dispatcher.fleet[name]
         fill(ledger, rng.randint(20, 150), tier.name, tier.slo, 20.0, rng)
         ledger.refresh(NOW_S)
+        if scene.kv_room_tokens is not None:
+            full = replace(LIMITS, kv_tokens=ledger.peak_kv_tokens + scene.kv_room_tokens)
+            ledger.backend = replace(ledger.backend, limits=full)
         dispatcher.fleet.reorder(ledger)
     for tier in tiers.tiers:
         dispatcher.handle(ev.LengthsChanged("m", tier.name, LENGTHS), NOW_S)
@@ -123,6 +127,7 @@ def build(backends: int, scene: Scene, step_time: StepTime, seed: int = 1) -> Di
             less_s = 20.0 - scene.slack_s(place)
             for resident in ledger.residents.values():
                 resident.request = replace(resident.request, arrival_s=resident.request.arrival_s - less_s)
+                resident.advance(resident.generated_tokens, NOW_S)
             ledger.refresh(NOW_S)
     return dispatcher
 
@@ -143,7 +148,8 @@ def decisions(dispatcher: Dispatcher, scene: Scene, times: int, seed: int = 2) -
     spent: list[float] = []
     looked: list[int] = []
     for index in range(times):
-        request = Request(f"n{index}", "m", tier.name, tier.slo, rng.randint(100, 3000), NOW_S)
+        slo = Slo(scene.ttft_s, tier.slo.tpot_s)
+        request = Request(f"n{index}", "m", tier.name, slo, rng.randint(100, 3000), NOW_S)
         event = ev.Arrived(request)
         begin = time.thread_time()
         actions = dispatcher.handle(event, NOW_S)
@@ -243,12 +249,6 @@ def memory(step_time: StepTime, requests: int = 2000) -> tuple[float, float]:
     return bytes_each(0), bytes_each(100)
 
 
-def kv_that_fits_nobody(step_time: StepTime, backends: int) -> int:
-    """A KV capacity below what the emptiest backend's residents need."""
-    dispatcher = build(backends, scenes(10**9)[0], step_time)
-    return min(ledger.peak_kv_tokens for ledger in dispatcher.fleet)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Microseconds a decision.")
     parser.add_argument("--profile", default="rtxpro6000-qwen3-32b-bf16")
@@ -260,9 +260,8 @@ def main() -> None:
     print("| scene | backends | looked at | median us | p99 us |")
     print("|---|---|---|---|---|")
     events: dict[str, float] = {}
-    for index in range(4):
+    for scene in SCENES:
         for backends in args.backends:
-            scene = scenes(kv_that_fits_nobody(step_time, backends))[index]
             dispatcher = build(backends, scene, step_time)
             gc.collect()
             gc.disable()
@@ -270,7 +269,7 @@ def main() -> None:
             gc.enable()
             row = f"{cost.looked_at:.0f} | {cost.median_us:.0f} | {cost.p99_us:.0f}"
             print(f"| {scene.name} | {backends} | {row} |", flush=True)
-            if index == 0:
+            if scene.placed:
                 events = event_costs(dispatcher, 150, args.times)
     print("\n| event on a backend with 150 residents | median us |")
     print("|---|---|")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from itertools import accumulate
-from operator import attrgetter
+from operator import add, attrgetter
 
 from scheduling.backends import Backend
 from scheduling.lengths import LengthModel
@@ -41,6 +41,7 @@ class Resident:
 
     __slots__ = (
         "cost",
+        "due_s",
         "expected_first_s",
         "first_token",
         "generated_tokens",
@@ -54,6 +55,7 @@ class Resident:
         "remaining_tokens",
         "request",
         "seen_s",
+        "sequences",
         "tpot_s",
     )
 
@@ -75,6 +77,8 @@ class Resident:
         self.tpot_s = math.inf if request.slo.tpot_s is None else request.slo.tpot_s
         self.kv_tokens = request.prompt_tokens * request.sequences
         self.remaining_tokens = expected_output_tokens(request, lengths)
+        self.sequences = request.sequences
+        self.due_s = request.slo.deadline_s(request.arrival_s, 0)  # of its next token
 
     def advance(self, generated_tokens: int, seen_s: float) -> None:
         """Its streams were at `generated_tokens` (per sequence) at `seen_s`."""
@@ -83,10 +87,7 @@ class Resident:
         self.generated_tokens = generated_tokens
         self.kv_tokens = (request.prompt_tokens + generated_tokens) * request.sequences
         self.remaining_tokens = expected_output_tokens(request, self.lengths, generated_tokens)
-
-    def due_s(self) -> float:
-        """When its next token is due."""
-        return self.request.slo.deadline_s(self.request.arrival_s, self.generated_tokens)
+        self.due_s = request.slo.deadline_s(request.arrival_s, generated_tokens)
 
 
 def expected_output_tokens(request: Request, lengths: LengthModel, generated_tokens: int = 0) -> float:
@@ -124,6 +125,7 @@ class Ledger:
         "kv_tokens",
         "last_step_s",
         "load",
+        "peak_after_tokens",
         "peak_kv_tokens",
         "prefill_since_s",
         "prefill_work",
@@ -175,13 +177,14 @@ class Ledger:
         self._suffix_seqs: list[int] = [0]
         self._before: list[float] = []
         self._after: list[float] = [0.0]
+        self.peak_after_tokens = 0.0
         self.chunk_room_tokens = math.inf
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
 
     # --- events --------------------------------------------------------------------------------------------
 
     def place(self, resident: Resident, now_s: float) -> None:
-        if not any(not r.first_token for r in self.residents.values()):
+        if not self.queued:
             self.prefill_since_s = now_s
         self.prefill_work = self._decayed_work(now_s) + resident.cost.prefill_tokens
         self.prefill_work_s = now_s
@@ -218,7 +221,7 @@ class Ledger:
 
     def _add(self, resident: Resident, now_s: float) -> None:
         """What `refresh` makes of a newcomer whose prompt is queued, without looking at the others."""
-        count = resident.request.sequences
+        count = resident.sequences
         self.seqs += count
         self.queued += count
         self.kv_tokens += resident.kv_tokens
@@ -226,7 +229,7 @@ class Ledger:
         if not resident.lost:
             self.tightest_tpot_s = min(self.tightest_tpot_s, resident.tpot_s)
             floor = dict(self.queued_slack_floor)
-            left_s = resident.due_s() - max(resident.expected_first_s, now_s)
+            left_s = resident.due_s - max(resident.expected_first_s, now_s)
             floor[resident.tpot_s] = min(left_s, floor.get(resident.tpot_s, math.inf))
             self.queued_slack_floor = tuple(floor.items())
         self._draw_growth()
@@ -240,7 +243,7 @@ class Ledger:
         seqs = decodes = kv_tokens = decode_kv_tokens = queued = queued_tokens = 0
         tightest = math.inf
         for resident in self.residents.values():
-            count = resident.request.sequences
+            count = resident.sequences
             seqs += count
             kv_tokens += resident.kv_tokens
             if not resident.first_token:
@@ -248,7 +251,7 @@ class Ledger:
                     queued += count
                     queued_tokens += resident.prefill_tokens
                     if not resident.lost:
-                        left_s = resident.due_s() - max(resident.expected_first_s, now_s)
+                        left_s = resident.due_s - max(resident.expected_first_s, now_s)
                         if left_s < 0.0 and resident.request.streamed:
                             resident.lost = True
                             continue
@@ -264,7 +267,7 @@ class Ledger:
             if resident.lost:
                 continue
             # from when it was last seen: since then it has moved on with its neighbours
-            left_s = resident.due_s() - resident.seen_s
+            left_s = resident.due_s - resident.seen_s
             if left_s < 0.0 and resident.request.streamed:
                 resident.lost = True
                 continue
@@ -311,19 +314,20 @@ class Ledger:
         order = sorted(self.residents.values(), key=_BY_REMAINING)
         remaining = [r.remaining_tokens for r in order]
         falling = order[::-1]
-        suffix_kv = list(accumulate((r.kv_tokens for r in falling), initial=float(self.foreign.peak_kv_tokens)))
-        suffix_seqs = list(accumulate((r.request.sequences for r in falling), initial=0))
+        suffix_kv = list(accumulate([r.kv_tokens for r in falling], initial=float(self.foreign.peak_kv_tokens)))
+        suffix_seqs = list(accumulate([r.sequences for r in falling], initial=0))
         suffix_kv.reverse()
         suffix_seqs.reverse()
         peaks = [kv + n * e for kv, n, e in zip(suffix_kv, suffix_seqs, remaining, strict=False)]
         self._remaining = remaining
         self._suffix_kv = suffix_kv
         self._suffix_seqs = suffix_seqs
-        self._before = list(accumulate((p + e for p, e in zip(peaks, remaining, strict=True)), max))
+        self._before = list(accumulate(map(add, peaks, remaining), max))
         after = list(accumulate(reversed(peaks), max, initial=0.0))
         after.reverse()
         self._after = after
         self.peak_kv_tokens = math.ceil(after[0])
+        self.peak_after_tokens = remaining[peaks.index(after[0])]
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
 
     # --- questions -----------------------------------------------------------------------------------------

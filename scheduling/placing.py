@@ -67,15 +67,10 @@ def look(
                 seen.append((ledger, Verdict.UNAVAILABLE, None))
                 continue
             if every_promise:
-                # the cheapest checks first: even one more token of KV makes steps too slow, or even the first
-                # chunk of the prompt makes a resident late
-                if backend.calibrated:
-                    if ledger.floor_s * backend.margin > pace_s:
-                        seen.append((ledger, Verdict.STEADY_STATE, None))
-                        continue
-                    if prompt_tokens > ledger.chunk_room_tokens and not backend.dynamic_chunk:
-                        seen.append((ledger, Verdict.RESIDENT_SLACK, None))
-                        continue
+                hopeless = _at_a_glance(ledger, ask, pace_s, prompt_tokens)
+                if hopeless is not None:
+                    seen.append((ledger, hopeless, None))
+                    continue
                 judged = judge(ledger, ask, host_s, now_s)
             else:
                 judged = _judge_own(ledger, ask, now_s)
@@ -83,6 +78,29 @@ def look(
             if judged.verdict is feasible:
                 return _found(seen, Choice(ledger, stage.outcome, host_s, judged))
     return _found(seen, None)
+
+
+def _at_a_glance(ledger: Ledger, ask: Ask, pace_s: float, prompt_tokens: int) -> Verdict | None:
+    """A promise that breaks however the rest turns out, seen without a prediction; None when there is none.
+
+    Even one more token of KV makes steps too slow; even the first chunk of the prompt makes a resident late; or
+    the residents' KV peak, which the newcomer lives to see, has no room for its prompt.
+    """
+    backend = ledger.backend
+    if backend.calibrated:
+        if ledger.floor_s * backend.margin > pace_s:
+            return Verdict.STEADY_STATE
+        if prompt_tokens > ledger.chunk_room_tokens and not backend.dynamic_chunk:
+            return Verdict.RESIDENT_SLACK
+    capacity = backend.limits.kv_tokens
+    if (
+        capacity is not None
+        and ledger.peak_kv_tokens + ask.request.prompt_tokens * ask.request.sequences > capacity
+        and ask.output_tokens >= ledger.peak_after_tokens
+        and ledger.seqs
+    ):
+        return Verdict.MEMORY
+    return None
 
 
 def _judge_own(ledger: Ledger, ask: Ask, now_s: float) -> Judgement:

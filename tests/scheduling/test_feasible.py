@@ -16,7 +16,8 @@ from scheduling.feasible import Ask, _wait_verdict, judge, limits_for, residents
 from scheduling.ledger import Ledger, Resident
 from scheduling.lengths import FixedLength
 from scheduling.load import LoadVector
-from scheduling.predict import Prefill, walk_prefill
+from scheduling.placing import _at_a_glance
+from scheduling.predict import Prefill, own_prompt_tokens, walk_prefill
 from scheduling.requests import Request
 from scheduling.tiers import Slo
 from tests.scheduling.play import backend, cost_of, request
@@ -253,3 +254,25 @@ def test_a_box_is_not_empty_of_room() -> None:
     ask = ask_for(request("a"))
     box = limits_for(ledger, ask, judge(ledger, ask, 0.02, 0.0))
     assert box.decodes in {9, 10}, "ten decodes take 20 ms"
+
+
+# --- what is seen at a glance ------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**31), st.integers(1, 40), st.sampled_from([512, 2048]), st.sampled_from([1.0, 1.2]))
+def test_what_is_hopeless_at_a_glance_is_infeasible_in_full(
+    seed: int, residents: int, chunk_tokens: int, margin: float
+) -> None:
+    """The shortcuts of a look never turn down what the whole judgement would let in."""
+    rng = Random(seed)
+    limits = EngineLimits(256, chunk_tokens, rng.choice([None, 20_000, 60_000]), 40_000)
+    ledger = Ledger(Backend("a", PROFILE.step_time, limits=limits, margin=margin))
+    for index in range(residents):
+        slo = Slo(rng.uniform(0.1, 6.0), rng.choice([0.075, 0.3]))
+        put(ledger, f"x{index}", rng.randrange(0, 50), now_s=1.0, slo=slo, prompt_tokens=rng.randrange(10, 3000))
+    asked = request("new", slo=Slo(60.0, 0.3), prompt_tokens=rng.randrange(1, 4000), arrival_s=1.0)
+    ask = ask_for(asked, rng.randrange(1, 200))
+    host_s = rng.choice([0.06, 0.1, 0.3])
+    seen = _at_a_glance(ledger, ask, min(host_s, 0.3), own_prompt_tokens(asked))
+    if seen is not None:
+        assert not judge(ledger, ask, host_s, 1.0).feasible, seen
