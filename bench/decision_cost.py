@@ -5,7 +5,7 @@ so every one of them finds the same fleet. Backends carry 20 to 150 residents ea
 measured profile. Nothing is kept between decisions: each one predicts every backend it looks at anew, for its own
 prompt length. What ledgers do keep are sums over their residents (counts, KV, the growth curve, slack per pace),
 and they are brought up to date by events, one ledger an event; those events are timed too. The part of a decision
-that is such an event, the newcomer's entry into its ledger, is inside the figure and also told apart. Measured is the
+that is such an event, the newcomer's entry into its ledger, is in the figure and also told apart. Measured is the
 thread's CPU time, so that neighbours on the machine count little.
 
 Scenes: the first feasible backend is the third that is looked at, and the two before it fail the last and dearest

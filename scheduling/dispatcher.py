@@ -5,7 +5,8 @@ from the pool -> hold, by deadline -> an honest refusal (or, where its tier says
 
 1. A placement counts in the ledger from the moment it is asked of the store, so two decisions of one replica
    never count on the same room.
-2. A held request is looked at again only where something got better: on the backend that changed.
+2. A held request is looked at again only where something got better: on the backend that changed. So that no
+   wait is without end, the first of each queue are also looked at once in a while.
 3. A request ends once: Ended, Refuse or Cancelled. A lease that was asked for ends once: Release.
 """
 
@@ -27,7 +28,7 @@ from scheduling.load import LoadVector
 from scheduling.options import Options
 from scheduling.placing import Look
 from scheduling.policies.protocol import Policy
-from scheduling.refusing import at_once, latest_start_s
+from scheduling.refusing import at_once
 from scheduling.requests import Request
 from scheduling.tickets import Phase, Ticket
 from scheduling.tiers import TierSet
@@ -50,6 +51,7 @@ class Dispatcher:
         self._blocked: set[str] = set()
         self._next_handback_s = math.inf  # set when the first backend comes
         self._next_round_s = math.inf
+        self._next_look_s = math.inf
         self._handlers: dict[type, Callable[..., None]] = {
             ev.Arrived: self._arrived,
             ev.Reserved: self._reserved,
@@ -83,7 +85,10 @@ class Dispatcher:
     def handle(self, event: ev.Event, now_s: float) -> list[ev.Action]:
         """What is to be done about an event."""
         out: list[ev.Action] = []
+        held = self.counts.held
         self._handlers[type(event)](event, now_s, out)
+        if not held and self.counts.held:
+            self._next_look_s = now_s + self.options.look_again_s
         return out
 
     def next_wake_s(self) -> float | None:
@@ -92,7 +97,8 @@ class Dispatcher:
         if self.policy.uses_tiers and len(self.fleet):
             at_s = min(at_s, self._next_handback_s, self._next_round_s)
         if self.counts.held:
-            at_s = min(at_s, *(self.fleet[name].blocked_until_s for name in self._blocked), math.inf)
+            rests = [self.fleet[name].blocked_until_s for name in self._blocked]
+            at_s = min(at_s, self._next_look_s, *rests)
         return at_s if math.isfinite(at_s) else None
 
     # --- looking in from outside ---------------------------------------------------------------------------
@@ -173,8 +179,7 @@ class Dispatcher:
             self._ladder.place_or_hold(ticket, now_s, out)
         else:
             ticket.store_refusals = 0
-            ticket.until_s = latest_start_s(ticket, self.fleet, now_s)
-            self._ladder.hold(ticket, Look(None, (), 0, {}), now_s, out)
+            self._ladder.wait(ticket, Look(None, (), 0, {}), now_s, out)
 
     def _leave(self, ticket: Ticket, now_s: float, out: list[ev.Action], *, released: bool) -> Ledger | None:
         """Take a ticket's resident off its backend; `released`: the store has to be told too."""
@@ -207,12 +212,17 @@ class Dispatcher:
             if self._may_retry(ticket):
                 self._ladder.place_or_hold(ticket, now_s, out)
             else:
-                message = f"{ticket.attempts} backends failed before the first token; the last: {event.cause}"
-                self._ladder.refuse(ticket, Refusal(RefusalKind.FAILED, message, 1.0), now_s, out)
+                self._fail(ticket, now_s, out)
         self._offer(ledger, now_s, out)
 
+    def _fail(self, ticket: Ticket, now_s: float, out: list[ev.Action]) -> None:
+        """There is no other backend to try."""
+        names = ", ".join(sorted(ticket.excluded))
+        message = f"failed before the first token: {names}; the last: {ticket.cause}"
+        self._ladder.refuse(ticket, Refusal(RefusalKind.FAILED, message, 1.0), now_s, out)
+
     def _may_retry(self, ticket: Ticket) -> bool:
-        if ticket.attempts >= self.options.max_attempts:
+        if len(ticket.excluded) >= self.options.max_attempts:
             return False
         return any(
             is_open(ledger) and ledger.backend.name not in ticket.excluded
@@ -306,6 +316,9 @@ class Dispatcher:
         for name in [name for name in self._blocked if self.fleet[name].blocked_until_s <= now_s]:
             self._blocked.discard(name)
             self._offer(self.fleet[name], now_s, out)
+        if self.counts.held and now_s >= self._next_look_s:
+            self._next_look_s = now_s + self.options.look_again_s
+            self._look_again(now_s, out)
         if not self.policy.uses_tiers:
             return
         if now_s >= self._next_handback_s:
@@ -316,6 +329,20 @@ class Dispatcher:
             claim = self._elastic.rebalance()
             if claim is not None:
                 out.append(claim)
+
+    def _look_again(self, now_s: float, out: list[ev.Action]) -> None:
+        """Look over the fleet for the first of every queue."""
+        for name in [*(tier.name for tier in self.tiers.tiers), RELEGATED]:
+            failed: set[Kind] = set()
+            while ticket := self._desk.head(name, failed):
+                found = self._ladder.look_over(ticket, now_s)
+                if found.choice is not None:
+                    self._ladder.reserve(ticket, found.choice, found, now_s, out)
+                elif ticket.excluded and not self._may_retry(ticket):
+                    self._fail(ticket, now_s, out)
+                else:
+                    failed.add(kind_of(ticket))
+        self._claim_for_heads(now_s, out)
 
     # --- tiers and the pool --------------------------------------------------------------------------------
 

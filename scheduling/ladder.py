@@ -41,7 +41,11 @@ class Ladder:
         found = self.look_over(ticket, now_s)
         if found.choice is not None:
             self.reserve(ticket, found.choice, found, now_s, out)
-            return
+        else:
+            self.wait(ticket, found, now_s, out)
+
+    def wait(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
+        """Nothing was found: hold it as long as its promise can still be kept."""
         if not ticket.relegated:
             until_s = latest_start_s(ticket, self._fleet, now_s)
             if until_s <= now_s:

@@ -16,6 +16,7 @@ class Options:
         demand_window_s: how long a tier counts as in demand after a request.
         max_attempts: backends tried for one request before its first byte.
         max_store_refusals: times a decision is made again after the store said no, before the request is held.
+        look_again_s: how often those who wait are looked at though nothing was heard of any backend.
         max_held: held requests at most; beyond it the newcomer is refused.
         cooldown_s: a backend that failed before a first byte rests this long, doubling up to 32 times.
     """
@@ -26,5 +27,6 @@ class Options:
     demand_window_s: float = 30.0
     max_attempts: int = 3
     max_store_refusals: int = 2
+    look_again_s: float = 1.0
     max_held: int = 10_000
     cooldown_s: float = 0.25

@@ -746,3 +746,57 @@ def test_a_request_arrives_once() -> None:
     play.arrives("r1")
     with pytest.raises(AssertionError, match="arrived twice"):
         play.tell(ev.Arrived(request("r1")))
+
+
+# --- no wait is without end --------------------------------------------------------------------------------
+
+
+def test_a_store_that_refuses_for_ever_ends_in_a_refusal_at_the_deadline() -> None:
+    play = Play()
+    play.add("a", "fast")
+    lines = play.arrives("r1")
+    for _ in range(100):
+        if lines and lines[0].startswith("reserve"):
+            lines = play.denied(lines[0].split()[1])
+        elif lines and lines[0].startswith("refuse"):
+            break
+        else:
+            wake_s = play.dispatcher.next_wake_s()
+            assert wake_s is not None
+            assert wake_s >= play.now_s
+            lines = play.tell(ev.TimePassed(), wake_s)
+    assert lines == ["refuse r1: deadline_cannot_be_met"] or lines == ["refuse r1: saturated"]
+    assert 0.4 < play.now_s < 0.6
+
+
+def test_a_request_without_a_deadline_is_tried_again_though_nothing_is_heard() -> None:
+    """The store did not answer three times; the fleet is idle, so no event will ever come from it."""
+    play = Play()
+    play.add("a", "best")
+    play.arrives("r1", "best")
+    for attempt in (1, 2, 3):
+        lines = play.denied(f"r1#{attempt}")
+    assert lines[0].startswith("hold r1")
+    assert play.dispatcher.next_wake_s() == pytest.approx(1.0)
+    assert play.wait(1.0) == ["reserve r1#4 on a: own_tier"]
+
+
+def test_store_refusals_are_no_failures_of_a_backend() -> None:
+    play = two_backends()
+    play.arrives("r1")
+    play.denied("r1#1")
+    play.denied("r1#2")
+    play.granted("r1#3")
+    assert play.failed("r1#3") == ["release r1#3 on a", "reserve r1#4 on b: own_tier"]
+
+
+def test_a_retry_whose_other_backends_are_gone_is_refused() -> None:
+    play = two_backends()
+    play.change("b", limits=backend(max_running_seqs=1).limits)
+    play.foreign("b", decodes=1)
+    play.opens("r1", "best")
+    play.failed("r1#1")
+    assert play.dispatcher.counts.held == 1
+    play.tell(ev.BackendRemoved("b"))
+    assert play.wait(1.0) == ["refuse r1: upstream_failed"]
+    assert "the last: connection refused" in play.last[0].refusal.message  # type: ignore[union-attr]
