@@ -7,7 +7,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 ENGINE ?= emulated
 BIN := .venv/bin
 
-.PHONY: help setup engine demo test unit lint format constraints wheel clean
+.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead
 
 help:
 	@echo "make demo                a mixed-tier workload on four emulated engines, compared with two baselines"
@@ -15,6 +15,8 @@ help:
 	@echo "make test                lint, types and all tests, those against a real vLLM on CPU included"
 	@echo "make unit                the tests that need no real engine"
 	@echo "make lint                ruff and mypy"
+	@echo "make bench               what decisions, step filling and the emulated engine cost here"
+	@echo "make bench-overhead HARNESS=DIR   the gateway beside other proxies (docs/benchmarks.md)"
 	@echo "make engine              install vLLM for CPU into .venv-vllm"
 
 setup: .venv/.ready
@@ -53,6 +55,15 @@ unit: .venv/.ready
 
 test: lint
 	$(BIN)/pytest
+
+bench: .venv/.ready
+	$(BIN)/python -m bench.decision_cost
+	$(BIN)/python -m bench.fill_cost
+	$(BIN)/python -m bench.emulator_cost
+
+bench-overhead: .venv/.ready
+	@test -n "$(HARNESS)" || { echo "give the folder of the harness: make bench-overhead HARNESS=DIR"; exit 1; }
+	$(BIN)/python -m bench.overhead --harness $(HARNESS)
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix-only .

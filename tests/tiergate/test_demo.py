@@ -27,6 +27,7 @@ SMALL = replace(
     backends=2,
     load=Load(
         source=("--poisson", "4", "--prompt-tokens", "64", "--output-tokens", "10"),
+        rate_factor=1.0,
         slice_s=0.0,
         lengths="emulated",
         warmup_s=0.5,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tiergate.commands import Subparsers
 
 _INTERRUPTED = 130
+_MOST_LOAD = 2.0  # beyond it the machine, and not the policies, would be measured
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -40,6 +41,13 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--policies", help=f"comma-separated (default: {','.join(POLICIES)})")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds (default: 3; vllm: 1)")
+    parser.add_argument(
+        "--load",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="play the trace so many times as fast (default: 1)",
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and results there")
     parser.set_defaults(func=run)
 
@@ -51,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
         if args.seeds < 1:
             raise UsageError(f"--seeds must be at least 1, not {args.seeds}")
         size = replace(size, seeds=tuple(range(1, args.seeds + 1)))
+    if not 0 < args.load <= _MOST_LOAD:
+        raise UsageError(f"--load must be above 0 and at most {_MOST_LOAD:g}, not {args.load:g}")
+    load = replace(size.load, rate_factor=size.load.rate_factor * args.load)
+    size = replace(size, load=load)
     policies = POLICIES if args.policies is None else tuple(filter(None, args.policies.split(",")))
     console = Console()
     try:
@@ -96,5 +108,5 @@ def _introduction(size: Size, policies: tuple[str, ...]) -> str:
         f"{size.backends} {size.engine} engines a fleet, {len(size.seeds)} seeds, policies {', '.join(policies)}; "
         f"{minutes_text}\n"
         f"tiers by time per output token: {tiers}\n"
-        f"load: {source}"
+        f"load: {source} --rate-factor {load.rate_factor:g}"
     )

@@ -108,6 +108,7 @@ def _bench_arguments(size: Size, seed: int, model: str, front: Gateway, result: 
     source = [argument.replace("{from_s}", from_s) for argument in load.source]
     return [
         *("bench", "--url", f"{front.url}/v1", "--model", model, "--lengths", load.lengths, *source),
+        *("--rate-factor", f"{load.rate_factor:g}"),
         *("--tiers", size.mix, "--seed", str(seed), "--warmup", f"{load.warmup_s:g}"),
         *("--duration", f"{load.measured_s:g}", "--cooldown", f"{load.cooldown_s:g}", "--json", str(result)),
         "--quiet",

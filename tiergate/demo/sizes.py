@@ -22,11 +22,13 @@ class Load:
     Attributes:
         source: arguments that name the trace or process and its lengths; `{from_s}` is replaced by `slice_s`
             times the seed's number, so that every seed plays another slice.
+        rate_factor: how many times as fast the trace is played.
         slice_s: distance between the slices in the trace, in its own time.
         lengths: how the engine is told an answer's length (`tiergate bench --lengths`).
     """
 
     source: tuple[str, ...]
+    rate_factor: float
     slice_s: float
     lengths: str
     warmup_s: float
@@ -78,9 +80,10 @@ EMULATED = Size(
     # Answers are cut so that three fleets side by side stay below 4,000 tokens/s on two cores.
     load=Load(
         source=(
-            *("--trace", "azure2023_conv", "--from", "{from_s}", "--rate-factor", "1.7"),
+            *("--trace", "azure2023_conv", "--from", "{from_s}"),
             *("--max-prompt-tokens", "4000", "--max-output-tokens", "150"),
         ),
+        rate_factor=1.7,
         slice_s=600.0,
         lengths="emulated",
         warmup_s=10.0,
@@ -99,10 +102,11 @@ REAL = Size(
     tiers=(DemoTier("voice", 800, 30, 0.2), DemoTier("chat", 1_500, 60, 0.4), DemoTier("batch", 4_000, 200, 0.4)),
     load=Load(
         source=(
-            *("--trace", "azure2023_conv", "--from", "{from_s}", "--rate-factor", "1.0"),
+            *("--trace", "azure2023_conv", "--from", "{from_s}"),
             *("--max-prompt-tokens", "1500", "--max-output-tokens", "80", "--token-ids", "500"),
             *("--route", "completions"),
         ),
+        rate_factor=1.0,
         slice_s=600.0,
         lengths="exact",
         warmup_s=8.0,
