@@ -50,10 +50,14 @@ class Ask:
 
 
 def fits_hard_limits(ledger: Ledger, ask: Ask) -> Verdict | None:
-    """The engine's own caps, which hold for every policy; None when it fits."""
+    """The engine's own caps, which hold for every policy; None when it fits.
+
+    More answers at once than the engine runs go to an idle one, which queues them itself.
+    """
     limits = ledger.backend.limits
     request = ask.request
-    if limits.max_running_seqs is not None and ledger.seqs + request.sequences > limits.max_running_seqs:
+    cap = limits.max_running_seqs
+    if cap is not None and ledger.seqs and ledger.seqs + request.sequences > cap:
         return Verdict.FULL
     if limits.max_model_tokens is not None and request.prompt_tokens >= limits.max_model_tokens:
         return Verdict.TOO_LONG

@@ -115,6 +115,17 @@ def test_full() -> None:
     assert verdict(ledger, request("a", "slow", sequences=2)) is Verdict.FULL
 
 
+def test_more_answers_than_the_engine_runs_go_to_an_idle_one() -> None:
+    ledger = Ledger(backend(max_running_seqs=2))
+    asked = request("a", "slow", sequences=3)
+    ask = ask_for(asked)
+    judged = judge(ledger, ask, math.inf, 0.0)
+    assert judged.feasible
+    assert limits_for(ledger, ask, judged).decodes == 3
+    put(ledger, "x", 20, tier="slow")
+    assert verdict(ledger, asked) is Verdict.FULL
+
+
 def test_too_long() -> None:
     assert verdict(Ledger(backend(max_model_tokens=100)), request("a", "slow", 100)) is Verdict.TOO_LONG
 
