@@ -5,7 +5,7 @@ token, progress, ended), so that a decision reads sums and short arrays instead 
 
 * `seqs`, `kv_tokens`, `queued_prefill_tokens`: sums over residents, here and on other replicas;
 * the **growth curve**: how KV rises and falls until the last resident has ended, so the peak with a newcomer
-  costs a binary search (PolyServe §4.5 simulates future iterations for the same number);
+  costs a search and a maximum (PolyServe §4.5 simulates future iterations for the same number);
 * the **slack floor**: per pace, the least time any resident has left until its next token is due, and from it the
   longest first chunk of a prompt that makes nobody late.
 
@@ -106,8 +106,8 @@ class Ledger:
     """One backend with its residents. `tier` is its membership (None: the pool)."""
 
     __slots__ = (
-        "_after",
-        "_before",
+        "_peaks",
+        "_peaks_and_steps",
         "_remaining",
         "_suffix_kv",
         "_suffix_seqs",
@@ -175,8 +175,8 @@ class Ledger:
         self._remaining: list[float] = []
         self._suffix_kv: list[float] = [float(self.kv_tokens)]
         self._suffix_seqs: list[int] = [0]
-        self._before: list[float] = []
-        self._after: list[float] = [0.0]
+        self._peaks: list[float] = []
+        self._peaks_and_steps: list[float] = []
         self.peak_after_tokens = 0.0
         self.chunk_room_tokens = math.inf
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
@@ -232,7 +232,14 @@ class Ledger:
             left_s = resident.due_s - max(resident.expected_first_s, now_s)
             floor[resident.tpot_s] = min(left_s, floor.get(resident.tpot_s, math.inf))
             self.queued_slack_floor = tuple(floor.items())
-        self._draw_growth()
+        left = resident.remaining_tokens
+        at = bisect_right(self._remaining, left)
+        kv, seqs = self._suffix_kv, self._suffix_seqs
+        self._draw_peaks(
+            [*self._remaining[:at], left, *self._remaining[at:]],
+            [*(tokens + resident.kv_tokens for tokens in kv[: at + 1]), *kv[at:]],
+            [*(number + count for number in seqs[: at + 1]), *seqs[at:]],
+        )
 
     def refresh(self, now_s: float) -> None:
         """Bring every sum up to date: linear in residents, once an event, never in a decision."""
@@ -307,10 +314,7 @@ class Ledger:
         resident.advance(min(tokens, resident.request.max_output_tokens or tokens), now_s)
 
     def _draw_growth(self) -> None:
-        """KV at each expected end, residents sorted by what they have left, and what follows from its peak.
-
-        Just before the j-th end (remaining e_j) the KV is sum over i >= j of (kv_i + seqs_i * e_j).
-        """
+        """The growth curve anew: residents sorted by what they have left, and the sums over those behind each."""
         order = sorted(self.residents.values(), key=_BY_REMAINING)
         remaining = [r.remaining_tokens for r in order]
         falling = order[::-1]
@@ -318,16 +322,22 @@ class Ledger:
         suffix_seqs = list(accumulate([r.sequences for r in falling], initial=0))
         suffix_kv.reverse()
         suffix_seqs.reverse()
+        self._draw_peaks(remaining, suffix_kv, suffix_seqs)
+
+    def _draw_peaks(self, remaining: list[float], suffix_kv: list[float], suffix_seqs: list[int]) -> None:
+        """KV at each expected end, and what follows from its peak.
+
+        Just before the j-th end (remaining e_j) the KV is sum over i >= j of (kv_i + seqs_i * e_j).
+        """
         peaks = [kv + n * e for kv, n, e in zip(suffix_kv, suffix_seqs, remaining, strict=False)]
         self._remaining = remaining
         self._suffix_kv = suffix_kv
         self._suffix_seqs = suffix_seqs
-        self._before = list(accumulate(map(add, peaks, remaining), max))
-        after = list(accumulate(reversed(peaks), max, initial=0.0))
-        after.reverse()
-        self._after = after
-        self.peak_kv_tokens = math.ceil(after[0])
-        self.peak_after_tokens = remaining[peaks.index(after[0])]
+        self._peaks = peaks
+        self._peaks_and_steps = list(map(add, peaks, remaining))
+        peak = max(peaks)
+        self.peak_kv_tokens = math.ceil(peak)
+        self.peak_after_tokens = remaining[peaks.index(peak)]
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
 
     # --- questions -----------------------------------------------------------------------------------------
@@ -338,9 +348,10 @@ class Ledger:
         at = bisect_right(self._remaining, output_tokens)
         base = prompt_tokens * sequences
         own_end = self._suffix_kv[at] + self._suffix_seqs[at] * output_tokens + base + output_tokens * sequences
-        peak = max(own_end, self._after[at])
+        peak = max(own_end, max(self._peaks[at:], default=0.0))
         if at:
-            earlier = self._before[at - 1] + base
+            # those who end before it: it has grown by one token a step until then
+            earlier = max(self._peaks_and_steps[:at]) + base
             if sequences > 1:
                 earlier += (sequences - 1) * self._remaining[at - 1]
             peak = max(peak, earlier)

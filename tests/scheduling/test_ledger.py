@@ -141,6 +141,22 @@ def test_a_new_profile_replaces_the_floor() -> None:
     assert ledger.floor_s > before_s
 
 
+@given(people, st.tuples(st.integers(1, 3000), st.integers(1, 500), st.integers(1, 3)), st.integers(0, 5000))
+def test_a_newcomer_adds_up_to_what_a_refresh_would_find(
+    others: list[tuple[int, int, int]], newcomer: tuple[int, int, int], foreign: int
+) -> None:
+    prompt, output, sequences = newcomer
+    added, whole = ledger_of(others, foreign), ledger_of(others, foreign)
+    for ledger in (added, whole):
+        one = resident("new", prompt_tokens=prompt, sequences=sequences, max_output_tokens=output)
+        one.expected_first_s = 0.2
+        ledger.place(one, 0.1)
+    whole.refresh(0.1)
+    for name in Ledger.__slots__:
+        if name not in {"residents", "foreign", "backend"}:
+            assert getattr(added, name) == getattr(whole, name), name
+
+
 # --- slack -------------------------------------------------------------------------------------------------
 
 
