@@ -52,8 +52,7 @@ class Fleet:
         if ledger is None:
             ledger = self._ledgers[backend.name] = Ledger(backend)
         else:
-            ledger.backend = backend
-            ledger.refresh(now_s)
+            ledger.renew(backend, now_s)
         self.reorder(ledger)
         return ledger
 
@@ -177,8 +176,7 @@ class Fleet:
             if self.tier_size(tighter.name):
                 break
             if self.active(tighter.name, now_s):
-                backend = ledger.backend
-                room_s = tighter.host_tpot_s - backend.step_time.decode_seconds(1, 0) * backend.margin
+                room_s = tighter.host_tpot_s - ledger.alone_s * ledger.backend.margin
                 pace_s = tighter.host_tpot_s - NEIGHBOUR_RESERVE * max(room_s, 0.0)
         return pace_s
 

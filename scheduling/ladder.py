@@ -17,8 +17,8 @@ from scheduling.fleet import Fleet
 from scheduling.ledger import Ledger, Resident
 from scheduling.options import Options
 from scheduling.placing import Choice, Look, candidate_for, look, reason_for
-from scheduling.policies.protocol import Policy, Stage
-from scheduling.refusing import latest_start_s, retry_after_s, too_late
+from scheduling.policies.protocol import Admission, Policy, Stage
+from scheduling.refusing import latest_start_s, pace_unreachable, retry_after_s, too_late, too_tight
 from scheduling.tickets import Ticket
 from scheduling.tiers import OnMiss
 
@@ -48,7 +48,7 @@ class Ladder:
         """Nothing was found: hold it as long as its promise can still be kept."""
         if not ticket.relegated:
             until_s = latest_start_s(ticket, self._fleet, now_s)
-            if until_s <= now_s:
+            if until_s <= now_s or self._too_tight(ticket):
                 self.give_up_promise(ticket, found, now_s, out)
                 return
             ticket.until_s = until_s
@@ -83,7 +83,10 @@ class Ladder:
         """Its first token cannot be on time any more: refuse, or serve with what is left."""
         request = ticket.request
         if request.slo_stated and ticket.tier.on_miss is OnMiss.REFUSE:
-            refusal = too_late(ticket, found, self._retry_after_s(ticket, now_s), now_s)
+            if self._too_tight(ticket):
+                refusal = too_tight(ticket)
+            else:
+                refusal = too_late(ticket, found, self._retry_after_s(ticket, now_s), now_s)
             self.refuse(ticket, refusal, now_s, out, found)
             return
         ticket.relegated = True
@@ -94,6 +97,9 @@ class Ladder:
             self.reserve(ticket, again.choice, again, now_s, out)
         else:
             self.hold(ticket, again, now_s, out)
+
+    def _too_tight(self, ticket: Ticket) -> bool:
+        return self._policy.admission is Admission.EVERY_PROMISE and pace_unreachable(ticket, self._fleet)
 
     def reserve(self, ticket: Ticket, choice: Choice, found: Look, now_s: float, out: list[ev.Action]) -> None:
         request = ticket.request

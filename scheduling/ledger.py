@@ -111,6 +111,7 @@ class Ledger:
         "_remaining",
         "_suffix_kv",
         "_suffix_seqs",
+        "alone_s",
         "backend",
         "blocked_until_s",
         "chunk_room_tokens",
@@ -146,6 +147,7 @@ class Ledger:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.alone_s = backend.step_time.decode_seconds(1, 0)  # the shortest step it can make
         self.tier: str | None = None
         self.epoch = 0
         self.claiming_for: str | None = None
@@ -180,6 +182,12 @@ class Ledger:
         self.peak_after_tokens = 0.0
         self.chunk_room_tokens = math.inf
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
+
+    def renew(self, backend: Backend, now_s: float) -> None:
+        """Something about the backend is new: its profile, its limits, its state."""
+        self.backend = backend
+        self.alone_s = backend.step_time.decode_seconds(1, 0)
+        self.refresh(now_s)
 
     # --- events --------------------------------------------------------------------------------------------
 

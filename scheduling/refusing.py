@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from heapq import nsmallest
 from itertools import islice
+from operator import attrgetter
 
+from scheduling.backends import Backend
 from scheduling.decisions import Refusal, RefusalKind
 from scheduling.fleet import Fleet, is_open
 from scheduling.ledger import Ledger
@@ -13,8 +16,9 @@ from scheduling.policies.protocol import Policy
 from scheduling.predict import walk_prefill
 from scheduling.tickets import Ticket
 
-_KINDS_LOOKED_AT = 4  # a fleet's engines are few kinds
+_FASTEST_LOOKED_AT = 4
 _ENDS_LOOKED_AT = 16
+_BY_STEP = attrgetter("alone_s")
 
 
 def at_once(ticket: Ticket, fleet: Fleet) -> Refusal | None:
@@ -38,13 +42,34 @@ def latest_start_s(ticket: Ticket, fleet: Fleet, now_s: float) -> float:
     due_s = ticket.ask.ttft_due_s
     if math.isinf(due_s):
         return math.inf
-    backends = (ledger.backend for ledger in fleet.serving(ticket.request.model) if is_open(ledger))
     idle_s = [
         walk_prefill(Ledger(backend), ticket.request, now_s, math.inf).total_s * backend.margin
-        for backend in islice(backends, _KINDS_LOOKED_AT)
+        for backend in _fastest(ticket, fleet)
         if backend.calibrated
     ]
     return due_s - min(idle_s, default=0.0)
+
+
+def pace_unreachable(ticket: Ticket, fleet: Fleet) -> bool:
+    """Whether no backend keeps the request's pace, not even for it alone."""
+    fastest = _fastest(ticket, fleet)
+    pace_s = ticket.ask.own_tpot_s
+    return bool(fastest) and all(
+        backend.calibrated and backend.step_time.decode_seconds(1, 0) * backend.margin > pace_s
+        for backend in fastest
+    )
+
+
+def too_tight(ticket: Ticket) -> Refusal:
+    """The refusal of a request whose pace no backend can keep."""
+    pace_ms = ticket.ask.own_tpot_s * 1e3
+    return Refusal(RefusalKind.TOO_LATE, f"no backend makes a token every {pace_ms:g} ms, not even when idle")
+
+
+def _fastest(ticket: Ticket, fleet: Fleet) -> list[Backend]:
+    """Those with the shortest steps among the backends that may serve it."""
+    usable = (ledger for ledger in fleet.serving(ticket.request.model) if is_open(ledger))
+    return [ledger.backend for ledger in nsmallest(_FASTEST_LOOKED_AT, usable, key=_BY_STEP)]
 
 
 def too_late(ticket: Ticket, found: Look, retry_after_s: float, now_s: float) -> Refusal:

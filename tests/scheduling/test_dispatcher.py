@@ -13,6 +13,7 @@ from scheduling.load import LoadVector
 from scheduling.options import Options
 from scheduling.tiers import OnMiss, Slo, Tier, TierSet
 from tests.scheduling.play import TIERS, Play, backend, request
+from tiergate_engine.steptime import RooflineStepTime
 
 # --- the ladder --------------------------------------------------------------------------------------------
 
@@ -204,6 +205,24 @@ def test_a_deadline_that_not_even_an_idle_backend_makes_is_refused_at_once() -> 
     play.add("a", "fast")
     assert play.arrives("r1", prompt_tokens=10_000) == ["refuse r1: deadline_cannot_be_met"]
     assert play.last[0].refusal.retry_after_s is None  # type: ignore[union-attr]
+
+
+def test_a_pace_that_not_even_an_idle_backend_keeps_is_refused_at_once() -> None:
+    play = Play()
+    play.add("a", "fast")
+    play.add("b")
+    assert play.arrives("r1", slo=Slo(5.0, 0.010)) == ["refuse r1: deadline_cannot_be_met"]
+    assert play.last[0].refusal.message == "no backend makes a token every 10 ms, not even when idle"  # type: ignore[union-attr]
+    assert play.arrives("r2", slo=Slo(5.0, 0.010), slo_stated=False)[0] == "reserve r2#1 on a: relegated"
+
+
+def test_the_fastest_backend_decides_what_can_still_be_met() -> None:
+    play = Play()
+    for name in "abcde":
+        play.add(name, "fast", step_time=RooflineStepTime(c0_s=0.4))
+    play.add("z", "fast", max_running_seqs=1)
+    play.opens("r0", "fast")
+    assert play.arrives("r1", "fast") == ["hold r1 until 0.48: held"], "z needs 20 ms; the others cannot at all"
 
 
 def test_a_request_that_stated_no_slo_is_never_refused_for_it() -> None:
