@@ -19,6 +19,7 @@ from gateway.dispatch import Shell, Timing
 from gateway.fleet import GatewayFleet, Teachers
 from gateway.generate import Generator, Parts
 from gateway.live import Live
+from gateway.merged import TextRates
 from gateway.recent import Decisions
 from gateway.relay import Limits, Relay
 from gateway.request import RequestParser
@@ -70,6 +71,7 @@ class Gateway:
             self.fleet,
             RequestParser(wiring.counter, self.fleet),
             wiring.counter,
+            TextRates(),
             Relay(
                 Limits(settings.limits.answer_bytes, settings.limits.event_bytes, settings.timeouts.head_s),
                 time.monotonic,

@@ -148,7 +148,7 @@ class TokenSettings(_Model):
     tokenizers: Mapping[str, Path] = Field(default_factory=dict)
     engine: bool = False
     chars_per_token: Annotated[float, Field(gt=0.1, lt=100)] = 4.0
-    usage_every: PositiveInt = 16
+    usage_every: PositiveInt = 1
 
 
 class Settings(_Model):

@@ -373,6 +373,16 @@ class Shell:
             self._left.clear()
             await self._left.wait()
 
+    def running_lengths(self) -> dict[tuple[str, str], list[int]]:
+        """Tokens a sequence of every open stream, by (model, tier)."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for ticket in self._tickets.values():
+            if ticket.stage is Stage.RUNNING:
+                request = ticket.request
+                tokens = ticket.output_tokens // request.sequences
+                found.setdefault((request.model, request.tier), []).append(tokens)
+        return found
+
     def tickets(self) -> list[Ticket]:
         """Every request that has not ended."""
         return list(self._tickets.values())

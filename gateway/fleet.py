@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -26,6 +26,9 @@ _FIRST_RETRY_S = 0.2
 _LAST_RETRY_S = 5.0
 _LEARN_EVERY_S = 1.0
 _COUNT_S = 0.1  # an exact count that comes later than this is worth less than an estimate now
+
+
+Running = Mapping[tuple[str, str], Sequence[int]]  # tokens of each open stream, by (model, tier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,12 @@ class LengthLearner(Protocol):
 
     def observe(self, model: str, tier: str, output_tokens: int, *, complete: bool) -> None: ...
 
-    def changed(self) -> list[tuple[str, str, LengthModel]]:
-        """(model, tier, lengths) of every class that changed since the last call."""
+    def changed(self, running: Running) -> list[tuple[str, str, LengthModel]]:
+        """(model, tier, lengths) of every class that changed since the last call.
+
+        `running` are the tokens that open streams have so far: long answers end last, so without them lengths
+        would be those of the short ones.
+        """
         ...
 
 
@@ -375,5 +382,5 @@ class GatewayFleet:
             answers, self._lengths = self._lengths, []
             for model, tier, tokens, complete in answers:
                 self._teachers.lengths.observe(model, tier, tokens, complete=complete)
-            for model, tier, lengths in self._teachers.lengths.changed():
+            for model, tier, lengths in self._teachers.lengths.changed(self._shell.running_lengths()):
                 self._shell.feed(LengthsChanged(model, tier, lengths))

@@ -15,11 +15,12 @@ from gateway.client import ClientStream, forwarded, whole, without_keys
 from gateway.dispatch import Shell
 from gateway.errors import ApiError, UpstreamFailed, of_refusal
 from gateway.live import Live
+from gateway.merged import TextRates
 from gateway.recent import Decisions
 from gateway.relay import Opened, Outgoing, Rejected, Relay
 from gateway.request import Call, Caller, RequestParser, Route
 from gateway.requestlog import RequestLine, RequestLog, wall_clock
-from gateway.sse import Usage
+from gateway.sse import SseScanner, Usage
 from gateway.telemetry import Telemetry
 from gateway.ticket import Ticket
 from gateway.tokens import TokenCounter
@@ -57,6 +58,7 @@ class Parts:
     endpoints: Endpoints
     parser: RequestParser
     counter: TokenCounter
+    rates: TextRates
     relay: Relay
     telemetry: Telemetry
     decisions: Decisions
@@ -177,13 +179,12 @@ class Exchange:
                 opened.response.abort()
                 raise
         ticket.abort_client = self._client.abort
-        error = await self._parts.relay.stream(ticket, opened, self._meter, self._client)
-        usage = opened.scanner.usage
-        if usage is not None and usage.output_tokens is not None:
-            ticket.output_tokens = max(ticket.output_tokens, usage.output_tokens)
+        rate = self._parts.rates.of(self._call.request.model)
+        error = await self._parts.relay.stream(ticket, opened, self._meter, self._client, rate)
         self._kind = EndKind.FINISHED if error is None and opened.scanner.error is None else EndKind.FAILED
+        self._count(opened.scanner)
         ticket.ended(self._kind)
-        self._learn(usage)
+        self._learn(opened.scanner.usage)
         if error is not None:
             self._failure = error
             told = UpstreamFailed(str(error), code=error.failure.value)
@@ -208,6 +209,25 @@ class Exchange:
             return await self._client.end()
         headers = self._headers(forwarded(opened.response.headers), order.decision)
         return whole(opened.response.status, headers, opened.head)
+
+    def _count(self, scanner: SseScanner) -> None:
+        """Replace what was counted in the stream by what the engine says it was."""
+        ticket, request = self._ticket, self._call.request
+        told = None if scanner.usage is None else scanner.usage.output_tokens
+        if told is None or self._kind is not EndKind.FINISHED:
+            return
+        events = scanner.tokens
+        # The token that ends a sequence has no text, and so no event.
+        missing = told - events - request.sequences
+        ticket.merged = events > 0 and missing > 0
+        ticket.output_tokens = told
+        if events:
+            self._meter.tokens = told if ticket.merged else events
+            self._parts.shell.pace.told(ticket, told / (events + request.sequences))
+        if ticket.merged:
+            self._parts.telemetry.merged(missing)
+        if scanner.plain:
+            self._parts.rates.learn(request.model, scanner.text_bytes, told)
 
     def _learn(self, usage: Usage | None) -> None:
         call = self._call
@@ -246,7 +266,7 @@ class Exchange:
         attained: bool | None = None
         placed = ticket.backend is not None
         if decision is not None:
-            parts.decisions.add(self._public_id, decision)
+            parts.decisions.add(self._public_id, decision, merged=ticket.merged)
         if placed:
             ttft_s, tpot_s = (None, None) if decision is None else predicted(decision)
             kind = self._kind
@@ -271,6 +291,7 @@ class Exchange:
             streamed=request.streamed,
             prompt_tokens=request.prompt_tokens,
             output_tokens=ticket.output_tokens,
+            merged=ticket.merged,
             seconds=now_s - request.arrival_s,
             ttft_s=meter.first_s - request.arrival_s if timed else None,
             tpot_s=meter.mean_tpot_s if timed else None,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from adapters import registry
 from adapters.contract import Adapter, Capabilities
 from gateway.config import BackendSettings, EngineKind
-from gateway.fleet import StepLearner, Timing
+from gateway.fleet import Running, StepLearner, Timing
 from gateway.pace import PrefillSample, StepSample
 from gateway.tokens import TokenCounter
 from profiles import Limits, Profile, load, prior
@@ -94,9 +94,13 @@ class Lengths:
         self.book.observe(model, tier, output_tokens, finished=complete)
         self._dirty.add((model, tier))
 
-    def changed(self) -> list[tuple[str, str, LengthModel]]:
-        dirty, self._dirty = self._dirty, set()
-        return [(model, tier, self.book.snapshot(model, tier)) for model, tier in sorted(dirty)]
+    def changed(self, running: Running) -> list[tuple[str, str, LengthModel]]:
+        """Classes in which an answer ended, or one goes on."""
+        changed, self._dirty = self._dirty | running.keys(), set(running)
+        return [
+            (model, tier, self.book.snapshot(model, tier, running.get((model, tier), ())))
+            for model, tier in sorted(changed)
+        ]
 
     def restore(self, text: str) -> None:
         """What an earlier run learned. Raises ProfileError."""

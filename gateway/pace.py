@@ -3,7 +3,9 @@
 Tokens are only counted when they come; everything here happens at the ticker's looks, or once a request.
 
 A sample of decode step times needs a window in which nothing else happened: at least a quarter of a second with
-the same streams and no prefill. Over so many steps the jitter of single reads averages out.
+the same streams and no prefill. Over so many steps the jitter of single reads averages out. Where events lately
+carried more than one token, as told by the engine's usage, counts are scaled by it; where they carried many more,
+no step is learned.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from scheduling.events import Progress, Progressed
 
 _WINDOW_S = 0.25
 _WINDOW_TOKENS = 4  # of a stream, at least
+_MERGED_WEIGHT = 0.2  # of the latest stream in a backend's tokens per event
+_MERGED_MOST = 1.25  # beyond this many tokens an event, event times say too little of steps to learn from
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,11 @@ class _Backend:
     window_opened: int = 0
     window_s: float = 0.0
     since: dict[str, tuple[int, float]] = field(default_factory=dict)
+    tokens_per_event: float = 1.0
+
+    def tokens(self, ticket: Ticket) -> int:
+        """The ticket's output so far; one that is known to be merged was estimated already."""
+        return ticket.output_tokens if ticket.merged else int(ticket.output_tokens * self.tokens_per_event)
 
 
 class Pace:
@@ -81,6 +90,12 @@ class Pace:
     def opened(self, ticket: Ticket) -> None:
         """The ticket's opening is over, one way or the other."""
         self._of(ticket).opening -= 1
+
+    def told(self, ticket: Ticket, tokens_per_event: float) -> None:
+        """A stream ended whose engine said how many tokens its events carried."""
+        backend = self._of(ticket)
+        latest = max(tokens_per_event, 1.0)
+        backend.tokens_per_event += (latest - backend.tokens_per_event) * _MERGED_WEIGHT
 
     @property
     def openings(self) -> int:
@@ -131,7 +146,7 @@ class Pace:
             if ticket.stage is not Stage.RUNNING or ticket.lease_id is None:
                 continue
             streams.append(ticket)
-            tokens = ticket.output_tokens
+            tokens = backend.tokens(ticket)
             sequences = ticket.request.sequences
             seqs += sequences
             kv_tokens += ticket.request.prompt_tokens * sequences + tokens
@@ -158,6 +173,8 @@ class Pace:
         since = backend.since
         clean = (
             undisturbed
+            and backend.tokens_per_event <= _MERGED_MOST
+            and not any(ticket.merged for ticket in streams)
             and backend.opened == backend.window_opened
             and len(since) == len(streams) > 0
             and all(ticket.request.request_id in since for ticket in streams)
@@ -169,10 +186,11 @@ class Pace:
             steps: list[int] = []
             for ticket in streams:
                 tokens, time_s = since[ticket.request.request_id]
-                new = (ticket.output_tokens - tokens) // ticket.request.sequences
+                events = (ticket.output_tokens - tokens) / ticket.request.sequences
+                new = events * backend.tokens_per_event
                 if new >= _WINDOW_TOKENS and time_s:
                     gaps.append((ticket.last_token_s - time_s) / new)
-                    steps.append(new)
+                    steps.append(round(new))
             if gaps:
                 sample = StepSample(
                     name,

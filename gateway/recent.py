@@ -15,25 +15,27 @@ class Decisions:
 
     def __init__(self, keep: int = 2_000) -> None:
         self._keep = keep
-        self._by_id: OrderedDict[str, Decision] = OrderedDict()
+        self._by_id: OrderedDict[str, tuple[Decision, bool]] = OrderedDict()
 
-    def add(self, public_id: str, decision: Decision) -> None:
-        """Keep a request's last decision."""
-        self._by_id[public_id] = decision
+    def add(self, public_id: str, decision: Decision, *, merged: bool = False) -> None:
+        """Keep a request's last decision, and whether its events carried several tokens."""
+        self._by_id[public_id] = decision, merged
         if len(self._by_id) > self._keep:
             self._by_id.popitem(last=False)
 
     def get(self, public_id: str) -> bytes | None:
         """A decision as JSON; None when it is not known, or not any more."""
-        decision = self._by_id.get(public_id)
-        if decision is None:
+        found = self._by_id.get(public_id)
+        if found is None:
             return None
+        decision, merged = found
         return orjson.dumps(
             {
                 "request_id": public_id,
                 "outcome": decision.outcome.value,
                 "reason": decision.reason,
                 "backend": decision.backend,
+                "merged_events": merged,
                 "candidates": [_candidate(candidate) for candidate in decision.candidates],
             }
         )

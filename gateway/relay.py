@@ -21,6 +21,7 @@ from adapters.contract import (
     UpstreamError,
     UpstreamResponse,
 )
+from gateway.merged import UNKNOWN_RATE, TextRate
 from gateway.request import Call
 from gateway.sse import SseScanner, StreamTooWide, Usage
 from gateway.ticket import Ticket
@@ -188,9 +189,14 @@ class Relay:
         return data
 
     async def stream(
-        self, ticket: Ticket, opened: Opened, meter: DeadlineMeter, sink: Sink
+        self,
+        ticket: Ticket,
+        opened: Opened,
+        meter: DeadlineMeter,
+        sink: Sink,
+        rate: TextRate = UNKNOWN_RATE,
     ) -> UpstreamError | None:
-        """Pass a stream on to its end; the error that broke it off, if one did.
+        """Pass a stream on to its end; the error that broke it off, if one did. `rate` is the model's.
 
         Raises ConnectionError when the client is gone; the engine's answer is closed on every way out.
         """
@@ -198,16 +204,23 @@ class Relay:
         assert scanner is not None
         response = opened.response
         read, feed, clock = response.read, scanner.feed, self._clock
-        tokens = 0
+        tokens = events = 0
+        wide_bytes = rate.wide_bytes
         data = opened.head
         now_s = ticket.last_bytes_s
         whole = False
         try:
             while True:
                 counted = scanner.tokens
-                if counted != tokens:
-                    meter.on_tokens(now_s, counted - tokens)
-                    ticket.output_tokens = tokens = counted
+                if counted != events:
+                    events = counted
+                    # Four tokens more: a few long ones at the beginning prove nothing.
+                    if scanner.text_bytes > wide_bytes * (events + 4):
+                        ticket.merged = True
+                        counted = max(events, int(scanner.text_bytes / rate.bytes_per_token))
+                    if counted > tokens:
+                        meter.on_tokens(now_s, counted - tokens)
+                        ticket.output_tokens = tokens = counted
                     ticket.last_token_s = now_s
                 if data:
                     ticket.waits_for_client = True

@@ -28,6 +28,7 @@ class RequestLine:
     streamed: bool
     prompt_tokens: int
     output_tokens: int
+    merged: bool  # its events carried several tokens, so times of single tokens are not exact
     seconds: float
     ttft_s: float | None
     tpot_s: float | None

@@ -39,6 +39,9 @@ class _Connection(RequestHandler):
     ) -> web.StreamResponse:
         if 400 <= status < 500:
             error: ApiError = InvalidRequest(message or "the HTTP request cannot be read", code="bad_http")
+        elif isinstance(exc, ConnectionError):
+            # The client went away while it was written to, which is no error of anybody's; nobody reads this.
+            error = _Broken("the client is gone", code="client_gone")
         else:
             self.log_exception("Error while handling a request", exc_info=exc)
             error = _Broken("the gateway failed on this request", code="internal_error")

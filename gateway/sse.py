@@ -45,6 +45,8 @@ _FINISH = {
 _ERROR = re.compile(rb'(?:^|\n)event:\s*error\b|(?:^|\n)data:\s*\{\s*"(?:error"\s*:\s*\{|object"\s*:\s*"error")')
 _EMPTY_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _DATA = re.compile(rb"(?:^|\n)data:")
+_TEXT = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*')
+_QUOTE, _BACKSLASH = b'"\\'
 _EVENTS_KEPT = 4  # the end may be told before a usage event and [DONE]
 
 
@@ -56,6 +58,14 @@ class Usage:
     output_tokens: int | None
     cached_tokens: int | None = None
 
+    def updated(self, later: Usage) -> Usage:
+        """What a later event says, and of the rest what an earlier one said."""
+        return Usage(
+            self.prompt_tokens if later.prompt_tokens is None else later.prompt_tokens,
+            self.output_tokens if later.output_tokens is None else later.output_tokens,
+            self.cached_tokens if later.cached_tokens is None else later.cached_tokens,
+        )
+
 
 class StreamTooWide(Exception):
     """One event is larger than the limit: not a stream of events."""
@@ -65,7 +75,9 @@ class SseScanner:
     """Follows one stream. `feed` takes bytes as they come and returns the bytes for the client.
 
     Attributes:
-        tokens: content events so far (or the engine's own running count, when `counts_from_usage`).
+        tokens: content events so far (or the engine's own running count, when `counts_from_usage` and it tells).
+        text_bytes: bytes of text in these events, as they stand in the JSON.
+        plain: whether every one of them had text that could be measured.
         usage: the engine's final usage, once it came.
         error: the first error event, once it came.
         opened: whether anything came that ends the wait for the first token.
@@ -86,6 +98,8 @@ class SseScanner:
         "error",
         "error_first",
         "opened",
+        "plain",
+        "text_bytes",
         "tokens",
         "usage",
     )
@@ -109,6 +123,8 @@ class SseScanner:
         self._held = False
         self._recent: deque[bytes] = deque(maxlen=_EVENTS_KEPT)
         self.tokens = 0
+        self.text_bytes = 0
+        self.plain = True
         self.usage: Usage | None = None
         self.error: bytes | None = None
         self.opened = False
@@ -122,7 +138,8 @@ class SseScanner:
     @property
     def complete(self) -> bool:
         """Whether the stream said that it is complete."""
-        return self._finish.search(b"".join((*self._recent, self._carry))) is not None
+        rest = self._carry if _is_whole(self._carry) else b""
+        return self._finish.search(b"".join((*self._recent, rest))) is not None
 
     def feed(self, chunk: bytes) -> bytes:
         """Count `chunk`; returns what goes to the client. Raises StreamTooWide."""
@@ -171,17 +188,19 @@ class SseScanner:
     def _event(self, event: bytes) -> bool:
         """Count one whole event; False when it must not reach the client."""
         self._recent.append(event)
-        has_content = self._content.search(event) is not None
-        if has_content:
+        content = self._content.search(event)
+        has_content = content is not None
+        if content is not None:
             self.opened = True
+            self.tokens += 1
+            self._measure(event, content.end())
             if not self._counts_from_usage:
-                self.tokens += 1
                 return True
         if b'"usage"' in event:
             usage = read_usage(event)
             if usage is not None:
-                self.usage = usage
-                if self._counts_from_usage and usage.output_tokens is not None:
+                self.usage = usage if self.usage is None else self.usage.updated(usage)
+                if self._counts_from_usage and has_content and usage.output_tokens is not None:
                     self.tokens = max(self.tokens, usage.output_tokens)
                 if self._strip_usage and _EMPTY_CHOICES.search(event) is not None:
                     return False
@@ -195,10 +214,33 @@ class SseScanner:
             self.error = event
         return True
 
+    def _measure(self, event: bytes, start: int) -> None:
+        """Add the text that begins at `start`, up to its closing quote."""
+        end = event.find(b'"', start)
+        if event[end - 1] == _BACKSLASH:
+            whole = _TEXT.match(event, start)
+            end = start if whole is None else whole.end()
+        if end > start and event[start - 1] == _QUOTE:
+            self.text_bytes += end - start
+        else:
+            self.plain = False
+
 
 def has_data(event: bytes) -> bool:
     """Whether an event carries data, and is not a comment only."""
     return _DATA.search(event) is not None
+
+
+def _is_whole(rest: bytes) -> bool:
+    """Whether the last event of a stream lacks nothing but its blank line, which some engines leave out."""
+    data = rest[rest.find(b"data:") + 5 :].strip()
+    if data == b"[DONE]":
+        return True
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def read_usage(event: bytes) -> Usage | None:

@@ -117,6 +117,8 @@ class Telemetry:
         self.ttft_error = Histogram(ERROR_BUCKETS)
         self.tpot_error = Histogram(ERROR_BUCKETS)
         self.prompt_tokens = 0
+        self.merged_streams = 0
+        self.merged_tokens = 0
 
     def tier(self, name: str) -> _TierNumbers:
         found = self.tiers.get(name)
@@ -136,6 +138,11 @@ class Telemetry:
         self.outcomes[key] = self.outcomes.get(key, 0) + 1
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
         self._judge(request, DeadlineMeter(request.slo, request.arrival_s), RequestEnd.REFUSED, request.arrival_s)
+
+    def merged(self, tokens: int) -> None:
+        """A stream ended in which `tokens` tokens came in events of others."""
+        self.merged_streams += 1
+        self.merged_tokens += tokens
 
     def failed_request(self, code: str) -> None:
         """An answer other than success, whatever made it."""
@@ -211,6 +218,18 @@ class _GatewayCollector(Collector):
         yield _counter("tiergate_output_tokens", "Tokens passed on", {(): counts.tokens}, ())
         yield _counter(
             "tiergate_prompt_tokens", "Prompt tokens of ended requests", {(): telemetry.prompt_tokens}, ()
+        )
+        yield _counter(
+            "tiergate_merged_streams",
+            "Streams whose events carried several tokens",
+            {(): telemetry.merged_streams},
+            (),
+        )
+        yield _counter(
+            "tiergate_merged_tokens",
+            "Tokens that came in events of others",
+            {(): telemetry.merged_tokens},
+            (),
         )
         yield _counter("tiergate_decisions", "Decisions by outcome", _keyed(telemetry.outcomes), ("outcome",))
         yield _counter("tiergate_refusals", "Refusals by reason", _keyed(telemetry.refusals), ("reason",))

@@ -45,6 +45,7 @@ class Ticket:
         "last_bytes_s",
         "last_token_s",
         "lease_id",
+        "merged",
         "opened_s",
         "output_tokens",
         "request",
@@ -71,6 +72,7 @@ class Ticket:
         self.abort_client: Callable[[], None] | None = None  # closes the client's connection
         self.stalled = False
         self.alone_at: int | None = None  # the shell's mark of a prefill that had its backend for itself
+        self.merged = False  # its events carry several tokens, by their text or by the engine's usage
         self.output_tokens = 0
         self.opened_s = 0.0
         self.last_bytes_s = 0.0

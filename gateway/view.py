@@ -69,6 +69,8 @@ class FleetView:
                 "held": shell.held,
                 "running": shell.running,
                 "output_tokens": counts.tokens,
+                "merged_streams": self._telemetry.merged_streams,
+                "merged_tokens": self._telemetry.merged_tokens,
                 "conserved": self.conserved(),
             },
             "held": dict(held),

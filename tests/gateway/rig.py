@@ -53,6 +53,7 @@ class Engine:
         self.headers: list[dict[str, str]] = []
         self.disconnects = 0
         self.script: Sequence[bytes] = (ROLE, chunk("a"), chunk(" b"), chunk(" c", "stop"), DONE)
+        self.usage_tokens = 3  # what the usage event says of a script's output
         self.down = False
         self.always: str | None = None
         self.release = asyncio.Event()
@@ -101,7 +102,9 @@ class Engine:
         usage = isinstance(options, dict) and bool(options.get("include_usage"))
         for event in self.script:
             if usage and event == DONE:
-                await answer.write(USAGE)
+                await answer.write(
+                    USAGE.replace(b'completion_tokens":3', b'completion_tokens":%d' % self.usage_tokens)
+                )
             await answer.write(event)
         return answer
 

@@ -9,7 +9,7 @@ import pytest
 
 from adapters.contract import Capabilities
 from gateway.config import BackendSettings, TokenSettings
-from gateway.learning import Learned
+from gateway.learning import Learned, Lengths
 from gateway.pace import StepSample
 from gateway.tokens import FileTokenizer, PromptText, TokenCounter
 from tests.gateway.rig import PROFILE, client, engine, gateway, settings_for, settled
@@ -61,9 +61,9 @@ async def test_steps_are_corrected_and_saved(tmp_path: Path) -> None:
     assert steps.timing() is after
     for _ in range(200):
         learned.lengths.observe("m", "chat", 10, complete=True)
-    [(model, tier, lengths)] = learned.lengths.changed()
+    [(model, tier, lengths)] = learned.lengths.changed({})
     assert (model, tier) == ("m", "chat")
-    assert learned.lengths.changed() == []
+    assert learned.lengths.changed({}) == []
     counter.learn("m", 1_000, 500)
     await learned.save()
 
@@ -73,6 +73,22 @@ async def test_steps_are_corrected_and_saved(tmp_path: Path) -> None:
     assert steps.timing().step_time.decode_seconds(8, 8_000) == pytest.approx(2 * expected_s, rel=0.05)
     assert again.lengths.book.snapshot("m", "chat").remaining(0) == pytest.approx(lengths.remaining(0))
     assert later.estimate("m", 4_000) == counter.estimate("m", 4_000)
+
+
+def test_long_answers_that_still_run_are_not_forgotten() -> None:
+    """A run that has just begun: short answers have ended, the long ones of the same class have not."""
+    alone, together = Lengths(), Lengths()
+    for lengths in (alone, together):
+        for _ in range(20):
+            lengths.observe("m", "chat", 20, complete=True)
+    [(_, _, short)] = alone.changed({})
+    [(_, _, fair)] = together.changed({("m", "chat"): [400] * 20})
+    assert fair.remaining(0) > 2 * short.remaining(0)
+    [(_, _, later)] = together.changed({("m", "chat"): [800] * 20})  # nothing ended, but they go on
+    assert later.remaining(0) > fair.remaining(0)
+    [(_, _, after)] = together.changed({})  # nothing runs any more: it is told once
+    assert after.remaining(0) == pytest.approx(short.remaining(0))
+    assert together.changed({}) == []
 
 
 async def test_an_uncalibrated_backend_becomes_calibrated() -> None:

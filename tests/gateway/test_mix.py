@@ -141,6 +141,7 @@ async def test_many_streams_with_random_cuts_are_identical() -> None:
         await settled(made)
         assert idle(made)
         assert made.shell.counts.tokens == 40 * 30
+        assert made.telemetry.merged_streams == 0
 
 
 async def test_a_client_that_half_sends_its_body_is_told() -> None:
