@@ -15,6 +15,7 @@ rounds. The formula is fitted to the points. No clock here: the connection tells
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -77,7 +78,7 @@ class Sweep:
     output_tokens: int = 24
 
     def __post_init__(self) -> None:
-        if self.max_seconds <= 0.0:
+        if not 0.0 < self.max_seconds < math.inf:
             raise ValueError(f"max_seconds is {self.max_seconds}: give the measurement some time")
         if self.max_model_tokens < 64 + self.output_tokens:
             raise ValueError(f"max_model_tokens is {self.max_model_tokens}: too short to measure anything")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from adapters.emulated.settings import EmulatedSettings, Faults
@@ -50,8 +51,12 @@ def settings_of(profile: Profile, overrides: Overrides) -> EmulatedSettings:
             f"--max-model-len {max_model_tokens} does not fit the KV cache of {kv_tokens} tokens: "
             "lower it, or raise --kv-tokens"
         )
-    if overrides.noise_sigma < 0:
-        raise ValueError(f"--noise must not be negative, not {overrides.noise_sigma}")
+    if not 0.0 <= overrides.noise_sigma < math.inf:
+        raise ValueError(f"--noise must be a number of at least 0, not {overrides.noise_sigma}")
+    if not 0.0 <= overrides.keep_alive_s < math.inf:
+        raise ValueError(f"--keep-alive-s must be a number of at least 0, not {overrides.keep_alive_s}")
+    if overrides.max_queued_seqs is not None and overrides.max_queued_seqs < 0:
+        raise ValueError(f"--max-num-queued-reqs must be at least 0, not {overrides.max_queued_seqs}")
     return EmulatedSettings(
         model=overrides.model or profile.model,
         engine=EngineConfig(

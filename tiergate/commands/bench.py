@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
+import os
 import random
 import resource
 from collections.abc import Coroutine
@@ -135,11 +137,34 @@ def _add_measurement(measure: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run one load, or a goodput search. Returns 1 when not one measured request finished."""
     try:
+        _check(args)
         return _Bench(args).run()
     except (WorkloadError, TraceError, ValueError) as error:
         raise UsageError(str(error)) from error
     except (OSError, FiguresUnavailable) as error:
         raise CommandFailed(str(error)) from error
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what would be ignored, or be found out only after the load. Raises WorkloadError and OSError."""
+    if args.trace is None and (args.rate_factor != 1.0 or args.from_s != 0.0):
+        raise WorkloadError("--rate-factor and --from are for --trace; with --poisson change the rate itself")
+    if not (args.rate_factor > 0.0 and math.isfinite(args.rate_factor)):
+        raise WorkloadError(f"--rate-factor must be positive, not {args.rate_factor:g}")
+    if not (args.from_s >= 0.0 and math.isfinite(args.from_s)):
+        raise WorkloadError(f"--from must be zero or more seconds, not {args.from_s:g}")
+    if not 0.0 <= args.unstreamed <= 1.0:
+        raise WorkloadError(f"--unstreamed must be a share from 0 to 1, not {args.unstreamed:g}")
+    if not args.drain >= 0.0:
+        raise WorkloadError(f"--drain must be zero or more seconds, not {args.drain:g}")
+    for option in ("max_tokens", "max_prompt_tokens", "max_output_tokens"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise WorkloadError(f"--{option.replace('_', '-')} must be at least 1, not {value}")
+    if args.json is not None and (args.json.is_dir() or not os.access(args.json.parent, os.W_OK)):
+        raise OSError(f"--json: {args.json} cannot be written")
+    if args.figures is not None:
+        args.figures.mkdir(parents=True, exist_ok=True)
 
 
 def read_mix(text: str) -> TierMix:
@@ -148,7 +173,10 @@ def read_mix(text: str) -> TierMix:
     path = Path(text)
     if "=" in text or not path.is_file():
         return parse_mix(text, known)
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise WorkloadError(f"{path}: not valid YAML: {error}") from None
     entries = loaded.get("tiers") if isinstance(loaded, dict) else None
     if not isinstance(entries, list) or not entries:
         raise WorkloadError(f"{path}: `tiers` must be a list of tiers with name, ttft_ms, tpot_ms and share")

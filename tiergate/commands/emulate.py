@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -80,6 +81,8 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises UsageError and CommandFailed."""
     ports = _listen_on(args)
+    if not 0.0 <= args.grace_s < math.inf:
+        raise UsageError(f"--grace-s must be a number of at least 0, not {args.grace_s}")
     try:
         profile = load(args.profile)
         settings = settings_of(profile, _overrides(args))
@@ -182,7 +185,10 @@ def _positive(text: str) -> int:
 
 
 def _ports(text: str) -> list[int]:
-    ports = [int(part) for part in text.split(",")]
+    try:
+        ports = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be port numbers with commas between them, not {text!r}") from None
     if any(not 0 <= port <= 65_535 for port in ports):
         raise argparse.ArgumentTypeError("ports are 0 to 65535")
     return ports

@@ -80,8 +80,25 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
-        raise CommandFailed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        raise _cannot_listen(settings, error) from None
+    except ExceptionGroup as group:
+        # The gateway's tasks were running when the address was refused, so the error comes with theirs.
+        cause = _alone(group)
+        if not isinstance(cause, OSError):
+            raise
+        raise _cannot_listen(settings, cause) from None
     return 0
+
+
+def _cannot_listen(settings: Settings, error: OSError) -> CommandFailed:
+    return CommandFailed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}")
+
+
+def _alone(error: Exception) -> Exception:
+    """The one error inside groups of one; the group where there are more."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 async def serve(args: argparse.Namespace, settings: Settings, wiring: Wiring) -> None:
