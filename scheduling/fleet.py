@@ -28,6 +28,7 @@ class Fleet:
         self._ledgers: dict[str, Ledger] = {}
         self._keys: dict[str, tuple[str | None, _Key]] = {}
         self._order: dict[str | None, list[_Key]] = {}
+        self._by_speed: list[tuple[float, str]] = []
         self._last_demand_s: dict[str, float] = {}
         self._assigned_since_s: dict[str, float] = {}
         self._assigned_s = 0.0
@@ -52,7 +53,9 @@ class Fleet:
         if ledger is None:
             ledger = self._ledgers[backend.name] = Ledger(backend)
         else:
+            self._by_speed.remove((ledger.alone_s, backend.name))
             ledger.renew(backend, now_s)
+        insort(self._by_speed, (ledger.alone_s, backend.name))
         self.reorder(ledger)
         return ledger
 
@@ -60,6 +63,7 @@ class Fleet:
         ledger = self._ledgers.pop(name, None)
         if ledger is not None:
             self._unlist(name)
+            self._by_speed.remove((ledger.alone_s, name))
             self._note_assignment(name, None, now_s)
         return ledger
 
@@ -146,6 +150,13 @@ class Fleet:
 
     def serving(self, model: str) -> Iterable[Ledger]:
         return (ledger for ledger in self._ledgers.values() if ledger.backend.serves(model))
+
+    def fastest(self, model: str) -> Iterator[Ledger]:
+        """Those that serve a model and are up, the shortest step of an idle backend first."""
+        for _, name in self._by_speed:
+            ledger = self._ledgers[name]
+            if is_open(ledger) and ledger.backend.serves(model):
+                yield ledger
 
     # --- demand and sharing --------------------------------------------------------------------------------
 
