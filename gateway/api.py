@@ -25,7 +25,8 @@ from gateway.errors import (
 )
 from gateway.fleet import GatewayFleet
 from gateway.generate import Generator, Parts
-from gateway.request import ROUTES, Route, decode
+from gateway.request import decode
+from gateway.routes import ROUTES, Route
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _GENERATING: Mapping[str, Route] = {route.path: route for route in ROUTES}

@@ -11,6 +11,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from adapters.contract import Adapter, Capabilities, Failure, UpstreamError
+from gateway.asked import Caller
 from gateway.client import ClientStream, forwarded, whole, without_keys
 from gateway.dispatch import Shell
 from gateway.errors import ApiError, UpstreamFailed, of_refusal
@@ -18,8 +19,9 @@ from gateway.live import Live
 from gateway.merged import TextRates
 from gateway.recent import Decisions
 from gateway.relay import Opened, Outgoing, Rejected, Relay
-from gateway.request import Call, Caller, RequestParser, Route
+from gateway.request import Call, RequestParser
 from gateway.requestlog import RequestLine, RequestLog, wall_clock
+from gateway.routes import Route
 from gateway.sse import SseScanner, Usage
 from gateway.telemetry import Telemetry
 from gateway.ticket import Ticket

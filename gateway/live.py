@@ -5,10 +5,10 @@ from __future__ import annotations
 import hmac
 from dataclasses import dataclass, replace
 
+from gateway.asked import Caller
 from gateway.config import Settings, make_tiers, tier_set
 from gateway.config import TierSettings as TierSettings
 from gateway.errors import Unauthorized
-from gateway.request import Caller
 from scheduling.tiers import TierSet
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import aiohttp
 import orjson
@@ -236,9 +237,13 @@ def settings_for(*engines: Engine, **more: object) -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def gateway(settings: Settings, up: int | None = None) -> AsyncIterator[Gateway]:
+async def gateway(
+    settings: Settings, up: int | None = None, write_log: Callable[[bytes], None] | None = None
+) -> AsyncIterator[Gateway]:
     """A running gateway whose backends are up."""
     wiring = await asyncio.to_thread(wire, settings)
+    if write_log is not None:
+        wiring = replace(wiring, write_log=write_log)
     async with running(settings, wiring) as made:
         wanted = len(settings.backends) if up is None else up
         await until(lambda: made.fleet.up >= wanted)

@@ -8,9 +8,11 @@ from typing import Any
 import orjson
 import pytest
 
+from gateway.asked import Caller
 from gateway.config import Settings, TokenSettings, tier_set
 from gateway.errors import ApiError
-from gateway.request import ROUTES, Call, Caller, RequestParser
+from gateway.request import Call, RequestParser
+from gateway.routes import ROUTES
 from gateway.tokens import TokenCounter
 
 _TIERS = tier_set(Settings())

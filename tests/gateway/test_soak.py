@@ -27,8 +27,8 @@ from tests.gateway.rig import DONE, MODEL, OVERLOAD, PROFILE, ROLE, USAGE, chunk
 from tiergate.root import wire
 
 _STREAMS = 10_000
-_TRACED_FROM = 7_000  # tracing memory makes everything slow
-_MARK_AT = 9_100  # by then the kept decisions, 2,000 of them, are all traced ones
+_TRACED_FROM = 8_000  # tracing memory makes everything slow
+_MARK_AT = 9_000  # the last 2,000 decisions are kept, so a thousand of them are in what comes after
 _AT_ONCE = 72
 _GROWTH_BYTES = 2 << 20
 _NUMBER = b"x-number: "
@@ -218,7 +218,8 @@ class _Client(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         if not self.done.done():
-            self.done.set_result(bytes(self._seen))
+            lost = f"connection lost: {exc!r}".encode()
+            self.done.set_result(bytes(self._seen) or lost)
 
 
 def _body(answer: bytes) -> tuple[int, bytes]:
@@ -244,7 +245,7 @@ async def _one(plan: Plan, port: int, ends: Counter[str]) -> None:
         ends["left"] += 1
         return
     status, body = _body(answer)
-    assert status in {200, 502, 503}, answer[:200]
+    assert status in {200, 502, 503}, (plan, answer[:200])
     if status != 200:
         assert b'"error"' in body
         ends["refused"] += 1
@@ -303,7 +304,7 @@ def _settings(ports: Sequence[int]) -> Settings:
         for port in ports
     ]
     more = {"timeouts": {"head_s": 0.3, "stall_s": 1.0}, "health": {"every_s": 3600}, "log_requests": False}
-    policy = {"name": "polyserve", "options": {"cooldown_s": 0.001}}
+    policy = {"name": "polyserve", "options": {"cooldown_s": 0.001, "max_attempts": 2}}
     return Settings.model_validate({"port": 0, "backends": backends, "tick_ms": 20, "policy": policy} | more)
 
 
@@ -313,6 +314,7 @@ def _traced() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_10_000_streams_cut_and_cancelled_at_random_leave_nothing() -> None:
     rng = random.Random(11)
     plans = [_plan(number, rng) for number in range(_STREAMS)]
