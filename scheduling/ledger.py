@@ -106,6 +106,7 @@ class Ledger:
     """One backend with its residents. `tier` is its membership (None: the pool)."""
 
     __slots__ = (
+        "_newcomer",
         "_peaks",
         "_peaks_and_steps",
         "_remaining",
@@ -174,6 +175,7 @@ class Ledger:
         self.tightest_tpot_s = math.inf
         self.slack_floor: tuple[tuple[float, float], ...] = ()
         self.queued_slack_floor: tuple[tuple[float, float], ...] = ()
+        self._newcomer: Resident | None = None
         self._remaining: list[float] = []
         self._suffix_kv: list[float] = [float(self.kv_tokens)]
         self._suffix_seqs: list[int] = [0]
@@ -240,13 +242,24 @@ class Ledger:
             left_s = resident.due_s - max(resident.expected_first_s, now_s)
             floor[resident.tpot_s] = min(left_s, floor.get(resident.tpot_s, math.inf))
             self.queued_slack_floor = tuple(floor.items())
-        left = resident.remaining_tokens
+        # Only the peak is wanted at once; the curve takes the newcomer in when it is asked for next.
+        self.peak_kv_tokens = self.peak_kv_with(resident.request.prompt_tokens, resident.remaining_tokens, count)
+        self.peak_after_tokens = math.inf
+        self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
+        self._newcomer = resident
+
+    def _take_newcomer_in(self) -> None:
+        """The growth curve with the one resident that is not in it yet, without sorting it anew."""
+        newcomer, self._newcomer = self._newcomer, None
+        if newcomer is None:
+            return
+        left = newcomer.remaining_tokens
         at = bisect_right(self._remaining, left)
         kv, seqs = self._suffix_kv, self._suffix_seqs
         self._draw_peaks(
             [*self._remaining[:at], left, *self._remaining[at:]],
-            [*(tokens + resident.kv_tokens for tokens in kv[: at + 1]), *kv[at:]],
-            [*(number + count for number in seqs[: at + 1]), *seqs[at:]],
+            [*[tokens + newcomer.kv_tokens for tokens in kv[: at + 1]], *kv[at:]],
+            [*[number + newcomer.sequences for number in seqs[: at + 1]], *seqs[at:]],
         )
 
     def refresh(self, now_s: float) -> None:
@@ -323,6 +336,7 @@ class Ledger:
 
     def _draw_growth(self) -> None:
         """The growth curve anew: residents sorted by what they have left, and the sums over those behind each."""
+        self._newcomer = None
         order = sorted(self.residents.values(), key=_BY_REMAINING)
         remaining = [r.remaining_tokens for r in order]
         falling = order[::-1]
@@ -353,6 +367,7 @@ class Ledger:
     def peak_kv_with(self, prompt_tokens: int, output_tokens: float, sequences: int = 1) -> int:
         """The most KV everybody will need at once if a newcomer joins: it holds its prompt from the start,
         grows by one token a step and leaves after `output_tokens`."""
+        self._take_newcomer_in()
         at = bisect_right(self._remaining, output_tokens)
         base = prompt_tokens * sequences
         own_end = self._suffix_kv[at] + self._suffix_seqs[at] * output_tokens + base + output_tokens * sequences
@@ -378,6 +393,7 @@ class Ledger:
 
     def first_end_tokens(self) -> float | None:
         """Steps until the first resident is expected to end; None when there is none."""
+        self._take_newcomer_in()
         return self._remaining[0] if self._remaining else None
 
     def own_load(self) -> LoadVector:

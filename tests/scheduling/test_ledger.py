@@ -152,6 +152,11 @@ def test_a_newcomer_adds_up_to_what_a_refresh_would_find(
         one.expected_first_s = 0.2
         ledger.place(one, 0.1)
     whole.refresh(0.1)
+    # the peak is known at once (for several sequences from above), the curve when it is asked for
+    assert added.peak_kv_tokens >= whole.peak_kv_tokens
+    if sequences == 1:
+        assert (added.peak_kv_tokens, added.floor_s) == (whole.peak_kv_tokens, whole.floor_s)
+    assert added.first_end_tokens() == whole.first_end_tokens()
     for name in Ledger.__slots__:
         if name not in {"residents", "foreign", "backend"}:
             assert getattr(added, name) == getattr(whole, name), name
