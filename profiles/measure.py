@@ -31,6 +31,7 @@ from tiergate_engine.step import Step
 _MOST_ROUNDS = 5
 _FEWEST_POINTS = 8
 _MOST_KV = 48_000  # more takes long to prefill and tells little more: step times are nearly straight in KV
+_BUNCHED = 0.5  # a median gap below this part of the mean one says that tokens came in bunches
 _SETTLED = 2  # gaps left out at both ends of a decode probe, where streams join and leave
 
 
@@ -294,13 +295,20 @@ def _gaps(done: Completion) -> Iterator[tuple[float, float]]:
 
 
 def _steady_gap(streams: Sequence[Completion]) -> float | None:
-    """The median gap while every stream decodes."""
+    """The typical gap while every stream decodes: the median, which a pause of the machine does not move.
+
+    Where tokens arrive in bunches, because this side was kept from reading, most gaps are next to nothing and the
+    median means nothing either. It shows by being far below the mean, which bunches do not move.
+    """
     if any(len(done.token_s) < 2 + 2 * _SETTLED for done in streams):
         return None
     begin_s = max(done.token_s[_SETTLED] for done in streams)
     end_s = min(done.token_s[-1] for done in streams)
     gaps = [b - a for done in streams for a, b in _gaps(done) if a >= begin_s and b <= end_s]
-    return median(gaps) if len(gaps) >= 3 and median(gaps) > 0.0 else None
+    if len(gaps) < 3:
+        return None
+    middle_s, mean_s = median(gaps), sum(gaps) / len(gaps)
+    return (middle_s if middle_s > _BUNCHED * mean_s else mean_s) or None
 
 
 def _torn_gap(streams: Sequence[Completion], prompt: Completion) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from profiles.format import Limits, Provenance, Source, dump, parse
@@ -39,6 +41,30 @@ async def test_the_fit_finds_the_engines_step_times() -> None:
         assert error is not None
         assert error.p50 < 0.05
         assert error.p90 < 0.15
+
+
+class _Bunching:
+    """A connection whose reader is kept from the socket: it sees tokens only every `period_s`."""
+
+    def __init__(self, engine: VirtualEngine, period_s: float) -> None:
+        self._engine = engine
+        self._period_s = period_s
+
+    def now_s(self) -> float:
+        return self._engine.now_s()
+
+    async def complete(self, prompt_tokens: int, output_tokens: int) -> Completion:
+        done = await self._engine.complete(prompt_tokens, output_tokens)
+        seen = tuple(math.ceil(at_s / self._period_s) * self._period_s for at_s in done.token_s)
+        return Completion(done.sent_s, seen, done.prompt_tokens)
+
+
+async def test_tokens_that_arrive_in_bunches_do_not_make_steps_look_quick() -> None:
+    async with VirtualEngine(TRUTH, CONFIG).running() as engine:
+        measured = await measure(_Bunching(engine, 0.08), SWEEP)
+    found = measured.fit.step_time
+    for step in (Step.decode(1, 500), Step.decode(16, 16_000), Step.decode(60, 90_000)):
+        assert found.seconds(step) == pytest.approx(TRUTH.seconds(step), rel=0.25), step
 
 
 async def test_time_is_kept_and_progress_told() -> None:
