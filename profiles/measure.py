@@ -307,8 +307,11 @@ def _steady_gap(streams: Sequence[Completion]) -> float | None:
     gaps = [b - a for done in streams for a, b in _gaps(done) if a >= begin_s and b <= end_s]
     if len(gaps) < 3:
         return None
-    middle_s, mean_s = median(gaps), sum(gaps) / len(gaps)
-    return (middle_s if middle_s > _BUNCHED * mean_s else mean_s) or None
+    after = sum(begin_s < at_s <= end_s for done in streams for at_s in done.token_s)
+    if not after:
+        return None
+    middle_s, mean_s = median(gaps), (end_s - begin_s) * len(streams) / after
+    return middle_s if middle_s > _BUNCHED * mean_s else mean_s
 
 
 def _torn_gap(streams: Sequence[Completion], prompt: Completion) -> float | None:
