@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from tiergate.commands import Subparsers
 
 _SPARE_FILES = 64
+_REPORT_COLUMNS = 160
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -224,7 +226,8 @@ class _Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._console = Console()
+        # Where nobody looks, rich assumes 80 columns, which would cut the numbers off the table.
+        self._console = Console(width=None if sys.stdout.isatty() else _REPORT_COLUMNS)
         self._mix = read_mix(args.tiers)
         self._window = Window(args.warmup, args.duration, args.cooldown)
         self._target = self._make_target()

@@ -155,6 +155,8 @@ async def _reload_on(reload: asyncio.Event, gateway: Gateway, args: argparse.Nam
         try:
             settings = await asyncio.to_thread(settings_of, args)
             await asyncio.to_thread(check_profiles, settings)
+            if not settings.backends:
+                raise UsageError("it names no backend")  # a file that is half written looks so
         except (UsageError, ConfigError) as error:
             log.error("the configuration stays as it was: %s", error)
             continue
