@@ -242,13 +242,15 @@ async def test_a_slow_reader_holds_the_engine_back() -> None:
         writer.write(head.encode() + b"\r\n\r\n" + body)
         await writer.drain()
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-        before = -1
-        async with asyncio.timeout(20):
-            while one.sent_bytes != before:
-                before = one.sent_bytes
-                await asyncio.sleep(0.3)
-        assert one.sent_bytes < 32_000_000, "the engine was not held back"
-        writer.transport.abort()
+        try:
+            before = -1
+            async with asyncio.timeout(10):
+                while one.sent_bytes != before and one.sent_bytes < 32_000_000:
+                    before = one.sent_bytes
+                    await asyncio.sleep(0.3)
+            assert one.sent_bytes < 32_000_000, "the engine was not held back"
+        finally:
+            writer.transport.abort()
         await settled(made)
         assert idle(made)
 
