@@ -34,6 +34,8 @@ from state.contract import Store
 
 log = logging.getLogger("tiergate.gateway")
 
+_CUT_S = 0.05  # how long open streams may still go on when the socket is shut; to aiohttp 0 means for ever
+
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
@@ -101,7 +103,7 @@ class Gateway:
 
     async def open(self, host: str, port: int) -> None:
         """Begin to listen. Raises OSError."""
-        self._runner = web.ServerRunner(self._server, handle_signals=False, shutdown_timeout=0.0)
+        self._runner = web.ServerRunner(self._server, handle_signals=False, shutdown_timeout=_CUT_S)
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, host, port, backlog=1024)
         await self._site.start()

@@ -212,7 +212,7 @@ _BEHAVIOURS: dict[str, _Behaviour] = {name: getattr(Engine, name) for name in _N
 async def engine() -> AsyncIterator[Engine]:
     """A scripted engine on a free port."""
     made = Engine()
-    runner = web.ServerRunner(made.server, handle_signals=False, shutdown_timeout=0.0)
+    runner = web.ServerRunner(made.server, handle_signals=False, shutdown_timeout=0.05)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -321,6 +321,22 @@ async def test_streams_that_outlast_the_grace_are_cut() -> None:
         assert idle(made)
 
 
+async def test_shutting_does_not_wait_for_a_client_that_does_not_read_nor_for_a_silent_engine() -> None:
+    async with engine() as one:
+        for behaviour in ("flood", "stall", "silent"):
+            body = orjson.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True})
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-behave: {behaviour}\r\n"
+            async with asyncio.timeout(15):
+                async with gateway(settings_for(one)) as made:
+                    _, writer = await asyncio.open_connection("127.0.0.1", made.port, limit=1024)
+                    writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+                    await until(lambda: one.streams > 0)
+                    await asyncio.sleep(0.2)
+                assert idle(made)
+            await until(lambda: one.streams == 0)
+            writer.transport.abort()
+
+
 async def test_without_any_backend_the_answer_is_503() -> None:
     async with engine() as one:
         settings = settings_for(one)
