@@ -7,6 +7,7 @@ largest holder; only newcomers obey a new label, residents drain under their own
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 from scheduling import events as ev
@@ -18,6 +19,18 @@ from scheduling.tickets import Ticket
 from scheduling.tiers import Tier
 
 
+class _Demand:
+    """A tier's requests of one round, as sums."""
+
+    __slots__ = ("model", "output_tokens", "prompt_tokens", "seqs", "tpot_s")
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.seqs = self.prompt_tokens = 0
+        self.output_tokens = 0.0
+        self.tpot_s = math.inf
+
+
 class Elastic:
     """Proposes claims and hand-backs; the store decides, `settle` takes the answer."""
 
@@ -25,6 +38,7 @@ class Elastic:
         self._fleet = fleet
         self._handback_checks = handback_checks
         self._shares = Shares()
+        self._demand: dict[str, _Demand] = {}  # of the round, by tier
 
     def claim_for(self, ticket: Ticket, now_s: float) -> ev.Claim | None:
         """A backend for a tier that starts holding: from the pool, else one that stands empty in another tier and
@@ -72,30 +86,42 @@ class Elastic:
         return back
 
     def note_demand(self, ticket: Ticket) -> None:
-        """A request of the tier came: note how much of a backend's time it will take.
-
-        Its prefill, and its part of each step it lives through: `t / B` per token, where B sequences share a
-        step of its pace t (the cost model of PolyServe §5.4).
-        """
+        """A request of the tier came. What it will take of a backend's time is reckoned when the round ends."""
         request = ticket.request
-        for ledger in self._fleet.serving(request.model):
+        demand = self._demand.get(ticket.tier.name)
+        if demand is None:
+            demand = self._demand[ticket.tier.name] = _Demand(request.model)
+        demand.seqs += request.sequences
+        demand.prompt_tokens += request.prompt_tokens * request.sequences
+        demand.output_tokens += ticket.ask.output_tokens * request.sequences
+        demand.tpot_s = min(demand.tpot_s, ticket.ask.own_tpot_s)
+
+    def _reckon(self, demand: _Demand) -> float:
+        """Backend-seconds that a round's requests of a tier take.
+
+        Their prefill, and their part of each step they live through: `t / B` a token, where B sequences share a
+        step of their pace t (the cost model of PolyServe §5.4), for a request of mean length.
+        """
+        for ledger in self._fleet.serving(demand.model):
             if not is_open(ledger):
                 continue
             step_time = ledger.backend.step_time
-            prompt = request.prompt_tokens * request.sequences
+            prompt = demand.prompt_tokens // demand.seqs
             alone_s = step_time.decode_seconds(1, prompt)
             each_s = (step_time.decode_seconds(33, 33 * prompt) - alone_s) / 32
-            pace_s = min(ticket.ask.own_tpot_s, 10 * alone_s)
+            pace_s = min(demand.tpot_s, 10 * alone_s)
             batch = max(min((pace_s - alone_s) / max(each_s, 1e-9), 256.0), 1.0)
             step_s = min(pace_s, alone_s + each_s * batch)
             prefill_s = step_time.seconds_of(prompt, 1, 0, prompt * prompt / 2, 0, 0)
-            decode_s = ticket.ask.output_tokens * request.sequences * step_s / batch
-            self._shares.add(ticket.tier.name, prefill_s + decode_s)
-            return
+            return demand.seqs * prefill_s + demand.output_tokens * step_s / batch
+        return 0.0
 
     def rebalance(self) -> ev.Claim | None:
         """End a round of demand; without a pool, the one relabelling that is due."""
         fleet = self._fleet
+        for name, demand in self._demand.items():
+            self._shares.add(name, self._reckon(demand))
+        self._demand.clear()
         if fleet.pool():
             self._shares.close_round({}, ())
             return None

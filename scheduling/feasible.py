@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 
 from scheduling.decisions import Verdict
-from scheduling.ledger import SLACK_RESERVE, Ledger
+from scheduling.ledger import DEFAULT_CHUNK_TOKENS, SLACK_RESERVE, Ledger
 from scheduling.load import Limits
-from scheduling.predict import DEFAULT_CHUNK_TOKENS, Prefill, expected_tpot_s, steady_step_s, walk_prefill
+from scheduling.predict import Prefill, expected_tpot_s, steady_step_s, walk_prefill
 from scheduling.requests import Request
 
 

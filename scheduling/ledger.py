@@ -28,6 +28,9 @@ from tiergate_engine.step import Step
 SLACK_RESERVE = 1.0
 """Paces of slack that no placement may plan to spend."""
 
+DEFAULT_CHUNK_TOKENS = 2048
+"""Token budget of a step when neither probe nor configuration says one (vLLM's own default online)."""
+
 _MOST_CHUNK_TOKENS = 65_536  # where an engine's token budget is not known
 _BY_REMAINING = attrgetter("remaining_tokens")
 _NOTHING = LoadVector()
@@ -116,8 +119,10 @@ class Ledger:
         "backend",
         "blocked_until_s",
         "chunk_room_tokens",
+        "chunk_step_s",
         "claiming_for",
         "decode_kv_tokens",
+        "decode_step_s",
         "decodes",
         "empty_checks",
         "epoch",
@@ -184,6 +189,7 @@ class Ledger:
         self.peak_after_tokens = 0.0
         self.chunk_room_tokens = math.inf
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
+        self._time_steps()
 
     def renew(self, backend: Backend, now_s: float) -> None:
         """Something about the backend is new: its profile, its limits, its state."""
@@ -314,8 +320,39 @@ class Ledger:
         self.tightest_tpot_s = tightest
         self.slack_floor = tuple(slack.items())
         self.queued_slack_floor = tuple(queued_slack.items())
+        self._draw()
+
+    def _draw(self) -> None:
+        """What follows from the sums."""
+        self._time_steps()
         self.chunk_room_tokens = self._chunk_room()
         self._draw_growth()
+
+    def _time_steps(self) -> None:
+        """A step of the decodes that are here, and the least that one with a full chunk beside them takes."""
+        step_time = self.backend.step_time
+        self.decode_step_s = step_time.decode_seconds(self.decodes, self.decode_kv_tokens)
+        chunk = self.full_chunk_tokens
+        self.chunk_step_s = step_time.seconds_of(chunk, 1, 0, 0.0, self.decodes, self.decode_kv_tokens)
+
+    @property
+    def full_chunk_tokens(self) -> int:
+        """Prompt tokens that a step has room for beside the decodes."""
+        return max((self.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - self.decodes, 1)
+
+    def first_token_floor_s(self, prompt_tokens: int, now_s: float) -> float:
+        """A bound: no newcomer with so many prompt tokens has its first token sooner, whatever else happens.
+
+        All steps but the last carry a full chunk, and the last takes no less than the decodes alone; what is
+        queued ahead has lost at most a chunk for every step that can have ended since its head began.
+        """
+        chunk = self.full_chunk_tokens
+        queued = self.queued_prefill_tokens
+        if queued and self.decode_step_s > 0.0:
+            # other replicas' queues, which show no progress, have at most the step in flight behind them
+            since_s = max(now_s - self.prefill_since_s, 0.0) if self.queued else 0.0
+            prompt_tokens += max(queued - (int(since_s / self.decode_step_s) + 1) * chunk, 0)
+        return (prompt_tokens - 1) // chunk * self.chunk_step_s + self.decode_step_s
 
     def _chunk_room(self) -> float:
         """Tokens of a prompt that may be in one step so that every resident's next token is on time."""

@@ -67,7 +67,7 @@ def look(
                 seen.append((ledger, Verdict.UNAVAILABLE, None))
                 continue
             if every_promise:
-                hopeless = _at_a_glance(ledger, ask, pace_s, prompt_tokens)
+                hopeless = _at_a_glance(ledger, ask, pace_s, prompt_tokens, now_s)
                 if hopeless is not None:
                     seen.append((ledger, hopeless, None))
                     continue
@@ -80,11 +80,12 @@ def look(
     return _found(seen, None)
 
 
-def _at_a_glance(ledger: Ledger, ask: Ask, pace_s: float, prompt_tokens: int) -> Verdict | None:
+def _at_a_glance(ledger: Ledger, ask: Ask, pace_s: float, prompt_tokens: int, now_s: float) -> Verdict | None:
     """A promise that breaks however the rest turns out, seen without a prediction; None when there is none.
 
-    Even one more token of KV makes steps too slow; even the first chunk of the prompt makes a resident late; or
-    the residents' KV peak, which the newcomer lives to see, has no room for its prompt.
+    Even one more token of KV makes steps too slow; even the first chunk of the prompt makes a resident late; even
+    the least that its prompt takes is too long; or the residents' KV peak, which the newcomer lives to see, has no
+    room for its prompt.
     """
     backend = ledger.backend
     if backend.calibrated:
@@ -92,6 +93,10 @@ def _at_a_glance(ledger: Ledger, ask: Ask, pace_s: float, prompt_tokens: int) ->
             return Verdict.STEADY_STATE
         if prompt_tokens > ledger.chunk_room_tokens and not backend.dynamic_chunk:
             return Verdict.RESIDENT_SLACK
+        if not backend.dynamic_chunk:
+            floor_s = ledger.first_token_floor_s(prompt_tokens, now_s)
+            if now_s + floor_s * backend.margin > ask.ttft_due_s:
+                return Verdict.FIRST_TOKEN
     capacity = backend.limits.kv_tokens
     if (
         capacity is not None

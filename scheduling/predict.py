@@ -11,12 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scheduling.ledger import Ledger
+from scheduling.ledger import DEFAULT_CHUNK_TOKENS, Ledger
 from scheduling.requests import Request
 from tiergate_engine.step import Step
-
-DEFAULT_CHUNK_TOKENS = 2048
-"""Token budget of a step when neither probe nor configuration says one (vLLM's own default online)."""
 
 MOST_PREFILL_SHARE = 0.75
 """Largest share of time that prompts are expected to take from decodes: beyond it no mean is meaningful."""
@@ -122,8 +119,7 @@ def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) 
 def _chunk_tokens(ledger: Ledger, request: Request, pace_s: float) -> int:
     """Prompt tokens per step. A driven engine shrinks chunks to the pace (dynamic chunking, PolyServe §4.7)."""
     backend = ledger.backend
-    budget = backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS
-    room = max(budget - ledger.decodes, 1)
+    room = ledger.full_chunk_tokens
     if not backend.dynamic_chunk or math.isinf(pace_s):
         return room
     base = Step.decode(ledger.decodes, ledger.decode_kv_tokens)

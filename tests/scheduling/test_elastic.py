@@ -116,7 +116,7 @@ def test_a_tighter_pace_and_a_longer_answer_are_more_demand() -> None:
     def demand(wants: Ticket) -> float:
         elastic = Elastic(fleet_of(("a", "slow")), 2)
         elastic.note_demand(wants)
-        return elastic._shares._round[wants.tier.name]
+        return elastic._reckon(elastic._demand[wants.tier.name])
 
     assert demand(ticket("fast")) > demand(ticket("slow")) > 0
     assert demand(ticket("slow", prompt_tokens=5000)) > demand(ticket("slow"))

@@ -281,9 +281,16 @@ def test_what_is_hopeless_at_a_glance_is_infeasible_in_full(
     for index in range(residents):
         slo = Slo(rng.uniform(0.1, 6.0), rng.choice([0.075, 0.3]))
         put(ledger, f"x{index}", rng.randrange(0, 50), now_s=1.0, slo=slo, prompt_tokens=rng.randrange(10, 3000))
-    asked = request("new", slo=Slo(60.0, 0.3), prompt_tokens=rng.randrange(1, 4000), arrival_s=1.0)
+    for index in range(rng.randrange(4)):  # prompts in the queue, whose own promise is no matter here
+        slo = Slo(60.0, 0.3)
+        put(ledger, f"q{index}", 0, now_s=1.0, slo=slo, prompt_tokens=rng.randrange(10, 3000))
+    ledger.foreign = LoadVector(0, 0, rng.choice([0, 0, 700]))
+    ledger.refresh(1.0)
+    now_s = 1.0 + rng.choice([0.0, 0.02, 0.2, 2.0])
+    ttft_s = rng.choice([0.03, 0.1, 0.3, 1.0, 60.0])
+    asked = request("new", slo=Slo(ttft_s, 0.3), prompt_tokens=rng.randrange(1, 4000), arrival_s=now_s)
     ask = ask_for(asked, rng.randrange(1, 200))
     host_s = rng.choice([0.06, 0.1, 0.3])
-    seen = _at_a_glance(ledger, ask, min(host_s, 0.3), own_prompt_tokens(asked))
+    seen = _at_a_glance(ledger, ask, min(host_s, 0.3), own_prompt_tokens(asked), now_s)
     if seen is not None:
-        assert not judge(ledger, ask, host_s, 1.0).feasible, seen
+        assert not judge(ledger, ask, host_s, now_s).feasible, seen
