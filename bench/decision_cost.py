@@ -107,7 +107,7 @@ def build(backends: int, scene: Scene, step_time: StepTime, seed: int = 1) -> Di
         ),
         TIERS.default,
     )
-    dispatcher = Dispatcher(tiers, make("polyserve", random.Random(seed)), random.Random(seed))
+    dispatcher = Dispatcher(tiers, make("polyserve", random.Random(seed)))
     names = [tier.name for tier in tiers.tiers]
     for index in range(backends):
         name = f"b{index:04}"
@@ -222,7 +222,7 @@ def memory(step_time: StepTime, requests: int = 2000) -> tuple[float, float]:
 
     def bytes_each(max_running: int) -> float:
         limits = replace(LIMITS, max_running_seqs=max_running)
-        dispatcher = Dispatcher(TIERS, make("polyserve", random.Random(1)), random.Random(1))
+        dispatcher = Dispatcher(TIERS, make("polyserve", random.Random(1)))
         for index in range(40):
             dispatcher.handle(ev.BackendChanged(Backend(f"b{index}", step_time, limits=limits)), NOW_S)
             dispatcher.handle(ev.MembershipChanged(f"b{index}", "t300", 1), NOW_S)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from random import Random
 
 from scheduling import events as ev
 from scheduling.decisions import Refusal, RefusalKind
@@ -39,11 +38,10 @@ _DEFAULT_LENGTH = FixedLength()
 class Dispatcher:
     """See the module. One per replica and fleet; not thread-safe; `now_s` never goes back."""
 
-    def __init__(self, tiers: TierSet, policy: Policy, rng: Random, options: Options | None = None) -> None:
+    def __init__(self, tiers: TierSet, policy: Policy, options: Options | None = None) -> None:
         self.policy = policy
         self.options = options or Options()
         self.fleet = Fleet(tiers, self.options.demand_window_s)
-        self._rng = rng
         self._desk = Desk()
         self._lengths: dict[tuple[str, str], LengthModel] = {}
         self._ladder = Ladder(self.fleet, self._desk, policy, self.options)

@@ -46,9 +46,8 @@ def make_dispatcher(settings: Settings) -> Dispatcher:
             raise ConfigError(f"policy.options.{option}: must be a number of at least 0, not {value!r}")
         whole = isinstance(getattr(Options(), option), int)
         values[option] = int(value) if whole else float(value)
-    rng = Random(settings.seed)
     # Each value was checked against the field's own type above, which no type checker can follow.
-    return Dispatcher(tier_set(settings), make(name, rng), rng, Options(**values))  # type: ignore[arg-type]
+    return Dispatcher(tier_set(settings), make(name, Random(settings.seed)), Options(**values))  # type: ignore[arg-type]
 
 
 def check_profiles(settings: Settings) -> None:

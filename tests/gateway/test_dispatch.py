@@ -56,7 +56,7 @@ class _Store(MemoryStore):
 async def _shell() -> tuple[Shell, _Store, Dispatcher]:
     store = _Store()
     rng = Random(1)
-    core = Dispatcher(_TIERS, make("polyserve", rng), rng)
+    core = Dispatcher(_TIERS, make("polyserve", rng))
     shell = Shell(core, store, time.monotonic, Timing(tick_s=0.01))
     profile = await asyncio.to_thread(load, PROFILE)
     membership = await store.add_backend("b", "only")

@@ -89,7 +89,7 @@ class Play:
     def __init__(
         self, policy: str = "polyserve", tiers: TierSet = TIERS, options: Options | None = None, seed: int = 1
     ) -> None:
-        self.dispatcher = Dispatcher(tiers, make(policy, Random(seed)), Random(seed), options)
+        self.dispatcher = Dispatcher(tiers, make(policy, Random(seed)), options)
         self.now_s = 0.0
         self.last: list[ev.Action] = []
         self.log: list[str] = []

@@ -41,7 +41,7 @@ class World:
     """A shell and a store around a dispatcher. Answers wait until they are given."""
 
     def __init__(self, policy: str, seed: int) -> None:
-        self.dispatcher = Dispatcher(TIERS, make(policy, Random(seed)), Random(seed), OPTIONS)
+        self.dispatcher = Dispatcher(TIERS, make(policy, Random(seed)), OPTIONS)
         self.now_s = 0.0
         self.log: list[tuple[ev.Event, float, list[str]]] = []
         self.asked: list[ev.Reserve] = []
@@ -206,7 +206,7 @@ class World:
 
     def replay(self, policy: str, seed: int) -> None:
         """The same events at the same times ask for the same actions."""
-        again = Dispatcher(TIERS, make(policy, Random(seed)), Random(seed), OPTIONS)
+        again = Dispatcher(TIERS, make(policy, Random(seed)), OPTIONS)
         for event, now_s, lines in self.log:
             assert [told(action) for action in again.handle(event, now_s)] == lines
 

@@ -56,7 +56,7 @@ def requests(seed: int, rate: float, mix: tuple[float, ...] = (0.1, 0.2, 0.3, 0.
 
 def fleet(policy: str, seed: int, backends: int = 4, margin: float = 1.0) -> SimFleet:
     options = Options(handback_period_s=2.0, rebalance_period_s=5.0)
-    dispatcher = Dispatcher(TIERS, make(policy, Random(seed)), Random(seed), options)
+    dispatcher = Dispatcher(TIERS, make(policy, Random(seed)), options)
     names = [f"e{index}" for index in range(backends)]
     for name in names:
         engine = Backend(name, PROFILE.step_time, limits=LIMITS, margin=margin)
