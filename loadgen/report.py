@@ -26,36 +26,27 @@ def _fine_ms(value: float | None) -> str:
     return "-" if value is None else f"{1e3 * value:,.1f}"
 
 
-def score_table(score: Score, title: str | None = None) -> Table:
-    """Attainment, refusals and latencies per tier and overall."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("tier")
-    for heading in (
-        "offered",
-        "attained",
-        "attainment",
-        "(one-based)",
-        "refused",
-        "failed",
-        "TTFT p50 ms",
-        "p90",
-        "p99",
-        "TPOT p50 ms",
-        "p90",
-        "p99",
-        "slack p1 ms",
-        "p50",
-        "good tok/s",
-    ):
-        table.add_column(heading, justify="right")
+def score_table(score: Score, title: str | None = None) -> RenderableType:
+    """Attainment, refusals and latencies per tier and overall: two tables, each for 80 columns."""
+    kept = Table(title=title, title_justify="left")
+    paces = Table(title="ms", title_justify="left")
+    for table in (kept, paces):
+        table.add_column("tier")
+    for heading in ("offered", "attained", "attainment", "one-based", "refused", "failed", "good\ntok/s"):
+        kept.add_column(heading, justify="right")
+    for heading in ("TTFT\np50", "\np90", "\np99", "TPOT\np50", "\np90", "\np99", "slack\np1", "\np50"):
+        paces.add_column(heading, justify="right")
     for item in score.tiers:
-        table.add_row(*_row(item))
-    table.add_section()
-    table.add_row(*_row(score.overall), style="bold")
-    return table
+        kept.add_row(*_kept(item))
+        paces.add_row(*_paces(item))
+    for table in (kept, paces):
+        table.add_section()
+    kept.add_row(*_kept(score.overall), style="bold")
+    paces.add_row(*_paces(score.overall), style="bold")
+    return Group(kept, paces)
 
 
-def _row(item: TierScore) -> list[str]:
+def _kept(item: TierScore) -> list[str]:
     return [
         item.tier,
         f"{item.offered:,}",
@@ -64,6 +55,13 @@ def _row(item: TierScore) -> list[str]:
         _percent(item.attainment_one_based),
         f"{item.refused:,}",
         f"{item.failed + item.unfinished:,}",
+        f"{item.goodput_tokens_per_s:,.0f}" if item.promised else "-",
+    ]
+
+
+def _paces(item: TierScore) -> list[str]:
+    return [
+        item.tier,
         _ms(item.ttft_s.p50),
         _ms(item.ttft_s.p90),
         _ms(item.ttft_s.p99),
@@ -72,7 +70,6 @@ def _row(item: TierScore) -> list[str]:
         _fine_ms(item.tpot_s.p99),
         _ms(item.slack_s.p1),
         _ms(item.slack_s.p50),
-        f"{item.goodput_tokens_per_s:,.0f}" if item.promised else "-",
     ]
 
 

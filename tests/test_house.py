@@ -239,6 +239,14 @@ def test_documents_link_to_files_that_exist() -> None:
     assert not broken
 
 
+def test_documents_name_tests_that_exist() -> None:
+    missing = []
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        named = re.findall(r"`(tests/[\w/]+\.py)`", page.read_text())
+        missing += [f"{page.name}: {name}" for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_every_package_and_its_data(tmp_path: Path) -> None:
     subprocess.run(
