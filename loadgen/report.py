@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import orjson
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -28,8 +29,8 @@ def _fine_ms(value: float | None) -> str:
 
 def score_table(score: Score, title: str | None = None) -> RenderableType:
     """Attainment, refusals and latencies per tier and overall: two tables, each for 80 columns."""
-    kept = Table(title=title, title_justify="left")
-    paces = Table(title="ms", title_justify="left")
+    kept = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    paces = Table(title="milliseconds", title_justify="left", box=SIMPLE_HEAD)
     for table in (kept, paces):
         table.add_column("tier")
     for heading in ("offered", "attained", "attainment", "one-based", "refused", "failed", "good\ntok/s"):

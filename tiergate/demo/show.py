@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -110,12 +111,13 @@ def comparison(size: Size, outcomes: Sequence[RunOutcome]) -> RenderableType:
     attained = Table(
         title=f"attainment in %, {size.backends} {size.engine} engines, seeds {seeds}: mean (lowest-highest)",
         title_justify="left",
+        box=SIMPLE_HEAD,
     )
     attained.add_column("policy")
     attained.add_column("all tiers", justify="right")
     for tier in size.tiers:
         attained.add_column(f"{tier.name}\n{tier.ttft_ms:g}/{tier.tpot_ms:g} ms", justify="right")
-    used = Table(title="cost and predictions", title_justify="left")
+    used = Table(title="cost and predictions", title_justify="left", box=SIMPLE_HEAD)
     used.add_column("policy")
     for heading in ("backend-\nseconds", "refused", "tokens/s", "TTFT error\np50/p90", "TPOT error\np50/p90"):
         used.add_column(heading, justify="right")
