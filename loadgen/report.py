@@ -29,11 +29,11 @@ def _fine_ms(value: float | None) -> str:
 
 def score_table(score: Score, title: str | None = None) -> RenderableType:
     """Attainment, refusals and latencies per tier and overall: two tables, each for 80 columns."""
-    kept = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    paces = Table(title="milliseconds", title_justify="left", box=SIMPLE_HEAD)
+    kept = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    paces = Table(title="milliseconds", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for table in (kept, paces):
         table.add_column("tier")
-    for heading in ("offered", "attained", "attainment", "one-based", "refused", "failed", "good\ntok/s"):
+    for heading in ("offered", "attained", "attain-\nment", "one-\nbased", "refused", "failed", "good\ntok/s"):
         kept.add_column(heading, justify="right")
     for heading in ("TTFT\np50", "\np90", "\np99", "TPOT\np50", "\np90", "\np99", "slack\np1", "\np50"):
         paces.add_column(heading, justify="right")

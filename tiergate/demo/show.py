@@ -109,15 +109,16 @@ def comparison(size: Size, outcomes: Sequence[RunOutcome]) -> RenderableType:
     """Every policy over its seeds: attainment offered, per tier, and what it cost and predicted."""
     seeds = ", ".join(str(seed) for seed in sorted({outcome.seed for outcome in outcomes}))
     attained = Table(
-        title=f"attainment in %, {size.backends} {size.engine} engines, seeds {seeds}: mean (lowest-highest)",
+        title=f"attainment in % (TTFT/TPOT in ms), {size.backends} {size.engine} engines, seeds {seeds}: mean (lowest-highest)",
         title_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     attained.add_column("policy")
     attained.add_column("all tiers", justify="right")
     for tier in size.tiers:
-        attained.add_column(f"{tier.name}\n{tier.ttft_ms:g}/{tier.tpot_ms:g} ms", justify="right")
-    used = Table(title="cost and predictions", title_justify="left", box=SIMPLE_HEAD)
+        attained.add_column(f"{tier.name}\n{tier.ttft_ms:g}/{tier.tpot_ms:g}", justify="right")
+    used = Table(title="cost and predictions", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     used.add_column("policy")
     for heading in ("backend-\nseconds", "refused", "tokens/s", "TTFT error\np50/p90", "TPOT error\np50/p90"):
         used.add_column(heading, justify="right")
