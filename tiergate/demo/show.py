@@ -109,7 +109,8 @@ def comparison(size: Size, outcomes: Sequence[RunOutcome]) -> RenderableType:
     """Every policy over its seeds: attainment offered, per tier, and what it cost and predicted."""
     seeds = ", ".join(str(seed) for seed in sorted({outcome.seed for outcome in outcomes}))
     attained = Table(
-        title=f"attainment in % (TTFT/TPOT in ms), {size.backends} {size.engine} engines, seeds {seeds}: mean (lowest-highest)",
+        title=f"every token on time, % (tiers: TTFT/TPOT in ms); {size.backends} {size.engine} engines\n"
+        f"seeds {seeds}: mean (lowest-highest)",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
