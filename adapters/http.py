@@ -19,6 +19,7 @@ from yarl import URL
 
 from adapters.contract import Failure, UpstreamCall, UpstreamError
 
+_SHOWN_CHARS = 100
 _SKIPPED_AUTO_HEADERS = (hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE)
 
 # Tells `open` whether its exchange made a connection or took one that was kept alive. The list is shared with the
@@ -129,16 +130,33 @@ class HttpResponse:
         self._origin._ended()
 
 
+def endpoint(base_url: str) -> URL:
+    """The URL of an engine: scheme, host, port and an optional path prefix.
+
+    Raises ValueError with what it must be; the URL itself is not in the message.
+    """
+    try:
+        url = URL(base_url)
+    except ValueError as error:
+        raise ValueError(f"must look like http://host:port: {error}") from None
+    if url.scheme not in ("http", "https") or not url.host or not url.port:
+        raise ValueError("must look like http://host:port")
+    if any(letter.isspace() or not letter.isprintable() for letter in base_url):
+        raise ValueError("must look like http://host:port, without spaces and control characters")
+    if url.query_string or url.fragment:
+        raise ValueError("must not have a query or a fragment")
+    return url
+
+
 class HttpUpstream:
     """All HTTP to one engine (`adapters.contract.Upstream`). Use it within one event loop."""
 
     def __init__(self, base_url: str, options: HttpOptions | None = None) -> None:
         """`base_url` is scheme, host, port and an optional path prefix. Raises ValueError when it is not."""
-        url = URL(base_url)
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ValueError(f"backend URL {base_url!r} must look like http://host:port")
-        if url.query_string or url.fragment:
-            raise ValueError(f"backend URL {base_url!r} must not have a query or a fragment")
+        try:
+            url = endpoint(base_url)
+        except ValueError as error:
+            raise ValueError(f"backend URL {base_url[:_SHOWN_CHARS]!r} {error}") from None
         self._base = str(url).rstrip("/")
         self._options = options or HttpOptions()
         self._session: aiohttp.ClientSession | None = None

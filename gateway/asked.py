@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gateway.config import unknown
 from gateway.errors import InvalidRequest
+from gateway.words import unknown
 from scheduling.tiers import AskedSlo, TierSet, classify
 
 _MAX_SLO_MS = 3_600_000.0

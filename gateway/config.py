@@ -5,7 +5,6 @@ Every value is checked when it is read; an unknown key is refused with the neare
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -16,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from adapters.http import endpoint
+from gateway.words import cut, unknown
 from scheduling.backends import EngineLimits
 from scheduling.tiers import OnMiss, Slo, Tier, TierSet
 
@@ -76,9 +77,10 @@ class BackendSettings(_Model):
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        scheme, found, rest = url.partition("://")
-        if not found or scheme not in {"http", "https"} or not rest.strip("/"):
-            raise ValueError("must look like http://host:port")
+        try:
+            endpoint(url)
+        except ValueError as error:
+            raise ValueError(f"{error}, not {cut(url)!r}") from None
         return url.rstrip("/").removesuffix("/v1")
 
     @model_validator(mode="after")
@@ -199,13 +201,6 @@ def _names(tiers: TierSet) -> list[str]:
     return [tier.name for tier in tiers.tiers]
 
 
-def unknown(what: str, name: str, known: Sequence[str]) -> str:
-    """A message for a name that is not there, with the nearest one that is."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
-    return f"unknown {what} {name!r}; {hint}"
-
-
 def tier_set(settings: Settings) -> TierSet:
     """The tiers as the core knows them. Raises ValueError."""
     return make_tiers(settings.tiers, settings.default_tier)
@@ -285,16 +280,27 @@ def load(
 
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text in UTF-8: {error.reason} at byte {error.start}") from None
+    loaded = _parse_yaml(text, str(path))
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: the file must hold keys and values, not a {type(loaded).__name__}")
     return {str(key): value for key, value in loaded.items()}
+
+
+def _parse_yaml(text: str, place: str) -> object:
+    """A YAML document. Raises ConfigError."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+        raise ConfigError(f"{place}: not YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{place}: nested too deeply") from None
 
 
 def _merge_environment(merged: dict[str, object], environment: Mapping[str, str]) -> None:
@@ -309,10 +315,7 @@ def _merge_environment(merged: dict[str, object], environment: Mapping[str, str]
             copied = dict(inner) if isinstance(inner, Mapping) else {}
             target[group] = copied
             target = copied
-        try:
-            target[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{variable}: not YAML: {error}") from None
+        target[last] = _parse_yaml(text, variable)
 
 
 def _explain(detail: ErrorDetails) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gateway.errors import InvalidRequest
+from gateway.words import kind
 
 
 def boolean(fields: Mapping[str, object], name: str) -> bool:
@@ -22,19 +23,3 @@ def positive_int(value: object, name: str, highest: int) -> int | None:
     if not 1 <= value <= highest:
         raise InvalidRequest(f"{name}: must be from 1 to {highest}, not {value}", param=name)
     return value
-
-
-def kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a text"
-        case list():
-            return "an empty list" if not value else "a list"
-        case _:
-            return "an object"

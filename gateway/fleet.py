@@ -71,14 +71,20 @@ class LengthLearner(Protocol):
         ...
 
 
+class BackendUnusable(Exception):
+    """A backend cannot be used as it is configured; the message says why."""
+
+
 class Teachers(Protocol):
     """Makes what a backend needs; filled in by the composition root."""
 
     async def connect(self, settings: BackendSettings) -> Adapter:
-        """The adapter for an endpoint. Raises UpstreamError while nothing answers."""
+        """The adapter for an endpoint. Raises UpstreamError while nothing answers, or BackendUnusable."""
         ...
 
-    async def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner: ...
+    async def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner:
+        """What is known of its step times. Raises BackendUnusable."""
+        ...
 
     @property
     def lengths(self) -> LengthLearner: ...
@@ -276,9 +282,9 @@ class GatewayFleet:
             try:
                 await self._connect(member)
                 break
-            except (UpstreamError, StoreUnavailable) as error:
+            except (UpstreamError, StoreUnavailable, BackendUnusable) as error:
                 if member.problem is None:
-                    log.warning("backend %s does not answer yet: %s", member.name, error)
+                    log.warning("backend %s cannot be used yet: %s", member.name, error)
                 member.problem = str(error)
             await asyncio.sleep(retry_s)
             retry_s = min(retry_s * 2, _LAST_RETRY_S)

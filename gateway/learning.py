@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from adapters import registry
 from adapters.contract import Adapter, Capabilities
 from gateway.config import BackendSettings, EngineKind
-from gateway.fleet import Running, StepLearner, Timing
+from gateway.fleet import BackendUnusable, Running, StepLearner, Timing
 from gateway.pace import PrefillSample, StepSample
 from gateway.tokens import TokenCounter
-from profiles import Limits, Profile, load, prior
+from profiles import Limits, Profile, ProfileError, load, prior
 from profiles.correct import CorrectedProfile, Corrector
 from profiles.lengths import LengthBook
 from scheduling.backends import EngineLimits
@@ -131,11 +131,21 @@ class Learned:
         options = registry.AdapterOptions(
             api_key=None if settings.api_key is None else settings.api_key.get_secret_value()
         )
-        if settings.engine is EngineKind.AUTO:
-            return await registry.detect(settings.url, options)
-        return registry.make(settings.engine.value, settings.url, options)
+        try:
+            if settings.engine is EngineKind.AUTO:
+                return await registry.detect(settings.url, options)
+            return registry.make(settings.engine.value, settings.url, options)
+        except ValueError as error:
+            raise BackendUnusable(str(error)) from error
 
     async def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner:
+        try:
+            return await self._make_steps(settings, capabilities)
+        except ProfileError as error:
+            raise BackendUnusable(f"profile: {error}") from error
+
+    async def _make_steps(self, settings: BackendSettings, capabilities: Capabilities) -> ProfiledSteps:
+        """Raises ProfileError."""
         measured = settings.profile is not None
         if settings.profile is not None:
             profile = await asyncio.to_thread(load, settings.profile)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import orjson
 
 from gateway.errors import InvalidRequest
-from gateway.fields import kind
 from gateway.routes import Route
 from gateway.sse import Api
 from gateway.tokens import PromptText
+from gateway.words import kind
 
 
 def read_prompt(fields: Mapping[str, object], route: Route) -> PromptText:

@@ -9,13 +9,13 @@ from typing import Protocol
 import orjson
 
 from gateway.asked import Caller, asked_slo
-from gateway.config import unknown
 from gateway.errors import InvalidRequest, NotFound
-from gateway.fields import boolean, kind, positive_int
+from gateway.fields import boolean, positive_int
 from gateway.prompt import read_prompt
 from gateway.routes import Route
 from gateway.sse import Api
 from gateway.tokens import TokenCounter
+from gateway.words import kind, unknown
 from scheduling.requests import Request
 from scheduling.tiers import Slo, TierSet, classify
 

@@ -8,9 +8,10 @@ from random import Random
 from pydantic import ValidationError
 
 from gateway.app import Wiring
-from gateway.config import ConfigError, Settings, tier_set, unknown
+from gateway.config import ConfigError, Settings, tier_set
 from gateway.learning import Learned
 from gateway.tokens import FileTokenizer, TokenCounter
+from gateway.words import unknown
 from profiles import ProfileError, load
 from scheduling.dispatcher import Dispatcher
 from scheduling.options import Options

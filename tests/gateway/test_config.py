@@ -73,6 +73,14 @@ def test_nothing_given_is_a_configuration_too() -> None:
         ("keys: [{key: x, tenant: t, tier: nope}]", "key of t: unknown tier 'nope'"),
         ("- a", "must hold keys and values"),
         ("a: [", "not YAML"),
+        ("a: 2026-99-99", "not YAML"),
+        ("[" * 5000, "nested too deeply"),
+        ("backends: ['http://a:99999']", "backends.0.url: must look like http://host:port: Port out of range"),
+        ("backends: ['http://a:0']", "backends.0.url: must look like"),
+        ("backends: ['http://a:80a']", "backends.0.url: must look like"),
+        ("backends: ['http://[::1']", "backends.0.url: must look like"),
+        ("backends: ['http://a b:80']", "without spaces"),
+        ("backends: ['http://a:80?x=1']", "must not have a query"),
     ],
 )
 def test_a_mistake_is_told_with_its_place(tmp_path: Path, text: str, message: str) -> None:
@@ -94,6 +102,19 @@ def test_a_mistake_is_told_with_its_place(tmp_path: Path, text: str, message: st
 def test_names_that_are_not_there(more: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         wire(load(None, {}, more))
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "tiergate.yaml"
+    path.write_bytes(b"port: 1\n\xff\xfe\0")
+    with pytest.raises(ConfigError, match="not a text in UTF-8: invalid start byte at byte 8"):
+        load(path, {})
+
+
+def test_a_long_name_is_cut_in_the_message() -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(None, {}, {"ab" * 500_000: 1})
+    assert len(str(raised.value)) < 1_000
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from importlib import resources
+from pathlib import Path
 
 import orjson
 
-from gateway.config import LimitSettings
+from gateway.app import running
+from gateway.config import BackendSettings, LimitSettings
 from tests.gateway.rig import (
     DONE,
     MODEL,
+    PROFILE,
     ROLE,
     USAGE,
     WHOLE,
@@ -22,8 +26,13 @@ from tests.gateway.rig import (
     settled,
     until,
 )
+from tiergate.root import wire
 
 _SCRIPT = ROLE + chunk("a") + chunk(" b") + chunk(" c", "stop") + DONE
+
+
+def _shipped(name: str) -> bytes:
+    return (resources.files("profiles") / "shipped" / f"{name}.json").read_bytes()
 
 
 async def test_a_stream_passes_unchanged_with_answer_headers() -> None:
@@ -362,3 +371,24 @@ async def test_a_backend_that_goes_down_and_comes_back() -> None:
         assert len(two.seen) == 1
         one.down = False
         await until(lambda: made.fleet.up >= 2)
+
+
+async def test_one_backend_that_cannot_be_used_does_not_end_the_others(tmp_path: Path) -> None:
+    """Its profile is gone when it is wanted, though it was there at the start; it is tried again."""
+    profile = tmp_path / "own.json"
+    shipped = await asyncio.to_thread(_shipped, PROFILE)
+    profile.write_bytes(shipped)
+    async with engine() as one, engine() as two:
+        lost = BackendSettings(url=two.url, name="lost", profile=str(profile))
+        settings = settings_for(one)
+        settings = settings.model_copy(update={"backends": (*settings.backends, lost)})
+        wiring = await asyncio.to_thread(wire, settings)
+        profile.unlink()
+        async with running(settings, wiring) as made, client(made) as ask:
+            await until(lambda: all(member.adapter is not None for member in made.fleet.members()))
+            member = made.fleet.members()[1]
+            await until(lambda: member.problem is not None)
+            assert "own.json" in (member.problem or "")
+            assert (await ask.read_chat())[0] == 200
+            profile.write_bytes(shipped)
+            await until(lambda: made.fleet.up == 2)
