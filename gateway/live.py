@@ -46,9 +46,9 @@ class Live:
             return Caller()
         found: Caller | None = None
         if token is not None:
-            given = token.encode()
+            given = _secret_bytes(token)
             for key in keys:  # every key is compared, so the time tells nothing
-                if hmac.compare_digest(key.key.get_secret_value().encode(), given):
+                if hmac.compare_digest(_secret_bytes(key.key.get_secret_value()), given):
                     found = Caller(key.tenant, key.tier, key.tightest_tier)
         if found is None:
             raise Unauthorized("A valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
@@ -59,4 +59,9 @@ class Live:
         expected = self.now.settings.admin_token
         if expected is None or token is None:
             return False
-        return hmac.compare_digest(expected.get_secret_value().encode(), token.encode())
+        return hmac.compare_digest(_secret_bytes(expected.get_secret_value()), _secret_bytes(token))
+
+
+def _secret_bytes(secret: str) -> bytes:
+    """Bytes to compare. A header's bytes that are no UTF-8 come as surrogates, which must not be an error."""
+    return secret.encode("utf-8", "surrogatepass")

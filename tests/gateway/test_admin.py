@@ -6,6 +6,7 @@ from gateway.config import BackendSettings, TierSettings
 from tests.gateway.rig import MODEL, client, engine, gateway, settings_for, settled, until
 
 _TOKEN = {"authorization": "Bearer secret"}
+_NO_TEXT = {"authorization": "Bearer \udcff"}  # sent as the byte 0xff
 
 
 async def test_health_metrics_and_state_after_traffic() -> None:
@@ -35,7 +36,7 @@ async def test_health_metrics_and_state_after_traffic() -> None:
 
 async def test_the_admin_api_is_closed_without_its_token() -> None:
     async with engine() as one, gateway(settings_for(one)) as made, client(made) as ask:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, _NO_TEXT):
             async with ask.session.get(f"{ask.base}/admin/v1/state", headers=headers) as answer:
                 assert answer.status == 401
                 assert answer.content_type == "application/problem+json"
@@ -97,6 +98,7 @@ async def test_keys_let_in_and_are_not_passed_on() -> None:
     async with engine() as one, gateway(settings_for(one, keys=keys)) as made, client(made) as ask:
         assert (await ask.read_chat())[0] == 401
         assert (await ask.read_chat(headers={"authorization": "Bearer k2"}))[0] == 401
+        assert (await ask.read_chat(headers=_NO_TEXT))[0] == 401
         async with ask.session.get(f"{ask.base}/v1/models") as answer:
             assert answer.status == 401
         for headers in ({"authorization": "Bearer k1"}, {"x-api-key": "k1"}):
