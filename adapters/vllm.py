@@ -164,15 +164,19 @@ class VllmAdapter(OpenAIAdapter):
     async def count_tokens(self, body: Mapping[str, object]) -> int:
         """Prompt tokens by /tokenize; a prompt of token ids is counted here.
 
-        Raises Unsupported for a list of several texts, or a server without the route; UpstreamError when the
-        engine refuses the prompt.
+        Raises Unsupported for a list of several texts, for too deep nesting, or a server without the route;
+        UpstreamError when the engine refuses the prompt.
         """
         question = _tokenize_question(body)
         if isinstance(question, int):
             return question
         if self._tokenize is Support.NO:
             raise Unsupported("count tokens: the server has no /tokenize")
-        answer = await self._ask("POST", "/tokenize", orjson.dumps(question))
+        try:
+            asked = orjson.dumps(question)
+        except orjson.JSONEncodeError as error:  # orjson reads deeper nesting than it writes
+            raise Unsupported("count tokens: the body is nested too deeply") from error
+        answer = await self._ask("POST", "/tokenize", asked)
         if answer.status != 200:
             raise self.response_failure(answer.status, answer.body)
         count = answer.json_object().get("count")

@@ -38,8 +38,16 @@ def read_prompt(fields: Mapping[str, object], route: Route) -> PromptText:
             _add_parts(text, value)
     tools = fields.get("tools")
     if isinstance(tools, list) and tools:
-        text.add_text(orjson.dumps(tools).decode())
+        text.add_text(_as_json(tools, "tools", param="tools"))
     return text
+
+
+def _as_json(value: object, place: str, *, param: str) -> str:
+    """A structure as the text that a chat template makes of it. Raises InvalidRequest."""
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:  # orjson reads deeper nesting than it writes
+        raise InvalidRequest(f"{place}: nested too deeply", param=param) from None
 
 
 def _add_messages(text: PromptText, messages: list[object]) -> None:
@@ -58,7 +66,7 @@ def _add_messages(text: PromptText, messages: list[object]) -> None:
             )
         calls = message.get("tool_calls")
         if isinstance(calls, list) and calls:
-            text.add_text(orjson.dumps(calls).decode())
+            text.add_text(_as_json(calls, f"messages[{index}].tool_calls", param="messages"))
         text.add_message()
 
 

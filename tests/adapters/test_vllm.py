@@ -32,6 +32,13 @@ vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="1000",odd="a}\
 """
 
 
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @dataclass
 class Engine:
     """A server with vLLM's routes, set up by a test."""
@@ -248,7 +255,9 @@ class TestVerbs:
         assert await adapter.count_tokens(body) == count
         assert engine.posted == ([] if asked is None else [("/tokenize", asked)])
 
-    @pytest.mark.parametrize("body", [{}, {"prompt": 7}, {"prompt": []}, {"prompt": ["a", "b"]}])
+    @pytest.mark.parametrize(
+        "body", [{}, {"prompt": 7}, {"prompt": []}, {"prompt": ["a", "b"]}, {"messages": nested(400)}]
+    )
     async def test_what_cannot_be_counted(
         self, serve_app: ServeApp, connect: Connect, body: dict[str, object]
     ) -> None:
