@@ -27,6 +27,7 @@ from gateway.fleet import GatewayFleet
 from gateway.generate import Generator, Parts
 from gateway.request import decode
 from gateway.routes import ROUTES, Route
+from gateway.words import quoted
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _GENERATING: Mapping[str, Route] = {route.path: route for route in ROUTES}
@@ -127,7 +128,7 @@ class Api:
         if path in _PLAIN:
             self._parts.live.caller(bearer(http))
             return await self._pass(http)
-        raise NotFound(f"there is nothing at {http.method} {path}", code="unknown_path")
+        raise NotFound(f"there is nothing at {http.method} {quoted(path)}", code="unknown_path")
 
     def _models(self, http: web.BaseRequest) -> web.Response:
         if http.method != "GET":
@@ -137,7 +138,7 @@ class Api:
         if not wanted:
             return whole(200, _JSON, orjson.dumps({"object": "list", "data": list(cards.values())}))
         if wanted not in cards:
-            raise NotFound(f"The model {wanted!r} does not exist here", param="model", code="model_not_found")
+            raise _no_model(wanted)
         return whole(200, _JSON, orjson.dumps(cards[wanted]))
 
     def _model_card(self, name: str) -> dict[str, str | int | None]:
@@ -149,7 +150,7 @@ class Api:
         body = await self._read(http)
         model = decode(body).get("model")
         if model is not None and not (isinstance(model, str) and self._fleet.serves(model)):
-            raise NotFound(f"The model {model!r} does not exist here", param="model", code="model_not_found")
+            raise _no_model(model)
         member = self._fleet.any_up(model)
         if member is None or member.adapter is None:
             raise Unavailable("no backend is up for this request", code="no_backend")
@@ -169,6 +170,10 @@ class Api:
         told = CIMultiDict(forwarded(answer.headers))
         told["x-tiergate-backend"] = member.name
         return whole(answer.status, told, text)
+
+
+def _no_model(name: object) -> NotFound:
+    return NotFound(f"The model {quoted(name)} does not exist here", param="model", code="model_not_found")
 
 
 def _given_id(http: web.BaseRequest) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gateway.errors import InvalidRequest
-from gateway.words import unknown
+from gateway.words import cut, quoted, unknown
 from scheduling.tiers import AskedSlo, TierSet, classify
 
 _MAX_SLO_MS = 3_600_000.0
@@ -69,7 +69,7 @@ def _service_tier(fields: Mapping[str, object], tiers: TierSet) -> str | None:
         return None
     if not isinstance(wish, str) or wish not in _SERVICE_TIERS:
         raise InvalidRequest(
-            f"service_tier: must be one of {', '.join(_SERVICE_TIERS)}, not {wish!r}", param="service_tier"
+            f"service_tier: must be one of {', '.join(_SERVICE_TIERS)}, not {quoted(wish)}", param="service_tier"
         )
     if wish in {"priority", "fast", "ultrafast"}:
         return tiers.tightest.name
@@ -87,10 +87,10 @@ def _header_s(headers: Mapping[str, str], names: tuple[str, ...]) -> float | Non
         try:
             value = float(text)
         except ValueError:
-            raise InvalidRequest(f"{name}: {text[:40]!r} is not a number of milliseconds", param=name) from None
+            raise InvalidRequest(f"{name}: {quoted(text)} is not a number of milliseconds", param=name) from None
         if not math.isfinite(value) or not 0 < value <= _MAX_SLO_MS:
             raise InvalidRequest(
-                f"{name}: must be more than 0 and at most {_MAX_SLO_MS:.0f} milliseconds, not {text[:40]}",
+                f"{name}: must be more than 0 and at most {_MAX_SLO_MS:.0f} milliseconds, not {cut(text)}",
                 param=name,
             )
         return value / 1e3

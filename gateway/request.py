@@ -15,7 +15,7 @@ from gateway.prompt import read_prompt
 from gateway.routes import Route
 from gateway.sse import Api
 from gateway.tokens import TokenCounter
-from gateway.words import kind, unknown
+from gateway.words import kind, quoted, unknown
 from scheduling.requests import Request
 from scheduling.tiers import Slo, TierSet, classify
 
@@ -120,7 +120,7 @@ class RequestParser:
             raise InvalidRequest("model: a model name is needed", param="model", code="missing_model")
         if not self._models.serves(model):
             raise NotFound(
-                f"The model {model!r} does not exist here: {unknown('model', model, self._models.names())}",
+                f"The model {quoted(model)} does not exist here: {unknown('model', model, self._models.names())}",
                 param="model",
                 code="model_not_found",
             )

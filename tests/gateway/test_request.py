@@ -33,6 +33,11 @@ class _Models:
         return 321
 
 
+def _nested(depth: int) -> orjson.Fragment:
+    """A list in a list, `depth` times: deeper than orjson writes."""
+    return orjson.Fragment(b"[" * depth + b"1" + b"]" * depth)
+
+
 async def _parse(
     body: object,
     headers: dict[str, str] | None = None,
@@ -81,6 +86,9 @@ async def _parse(
         (_CHAT | {"n": 10**6}, 400, "n"),
         (_CHAT | {"service_tier": "gold"}, 400, "service_tier"),
         (_CHAT | {"service_tier": 3}, 400, "service_tier"),
+        (_CHAT | {"service_tier": _nested(1000)}, 400, "service_tier"),
+        (_CHAT | {"tools": _nested(400)}, 400, "tools"),
+        (_CHAT | {"messages": [{"role": "assistant", "tool_calls": _nested(400)}]}, 400, "messages"),
         (_CHAT | {"nvext": {"agent_hints": {"osl": -3}}}, 400, "nvext.agent_hints.osl"),
         (_CHAT | {"nvext": {"agent_hints": {"osl": "many"}}}, 400, "nvext.agent_hints.osl"),
     ],
@@ -103,6 +111,22 @@ async def test_a_bad_slo_header_is_told_by_name(name: str, value: str) -> None:
     with pytest.raises(ApiError) as raised:
         await _parse(_CHAT, {name: value})
     assert (raised.value.status, raised.value.param) == (400, name)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        ({"model": "ab" * 500_000}, {}),
+        ({"service_tier": "ab" * 500_000}, {}),
+        ({}, {"x-slo-tier": "ab" * 500_000}),
+        ({}, {"x-slo-ttft-ms": "9" * 500_000}),
+        ({}, {"x-slo-ttft-ms": "nine" * 500_000}),
+    ],
+)
+async def test_a_long_value_is_cut_in_the_message(body: dict[str, object], headers: dict[str, str]) -> None:
+    with pytest.raises(ApiError) as raised:
+        await _parse(_CHAT | body, headers)
+    assert len(raised.value.body()) < 1_000
 
 
 async def test_an_unknown_tier_is_told_with_the_nearest() -> None:
