@@ -131,7 +131,10 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class OutgoingRequest:
-    """A client request about to be sent: what the adapter may still add in its engine's words."""
+    """A client request about to be sent: what the adapter may still add in its engine's words.
+
+    ``headers`` are the client's as they came; ``body`` is decompressed, whatever they say of its encoding.
+    """
 
     path: str
     headers: Mapping[str, str]

@@ -25,6 +25,7 @@ _NOT_FORWARDED = frozenset(
     {
         "accept-encoding",  # the engine's bytes must stay readable, so no compression is asked for
         "connection",
+        "content-encoding",  # the body that is sent on was decompressed where it came in
         "content-length",
         "expect",
         "host",

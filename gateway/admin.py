@@ -11,13 +11,16 @@ from aiohttp import web
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.api import Api, Gate
+from gateway.body import BodyBound, read_body
 from gateway.client import bearer, whole
 from gateway.config import TierSettings
+from gateway.errors import ApiError
 from gateway.fleet import GatewayFleet
 from gateway.live import Live, Snapshot
 from gateway.recent import Decisions
 from gateway.telemetry import Exposition
 from gateway.view import FleetView, Json
+from gateway.words import cut, quoted
 from scheduling.tiers import TierSet
 
 _JSON = {"content-type": "application/json"}
@@ -26,6 +29,7 @@ _METRICS = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
 _ADMIN = "/admin/v1/"
 _TIERS = TypeAdapter(tuple[TierSettings, ...])
 _BODY_BYTES = 1 << 20
+_TITLES = {400: "Bad Request", 413: "Content Too Large", 415: "Unsupported Media Type"}
 
 
 class Problem(Exception):
@@ -108,18 +112,26 @@ class Admin:
                 return await self._put_tiers(http)
             raise Problem(405, "Method Not Allowed", "tiers takes GET and PUT")
         if http.method != "GET":
-            raise Problem(405, "Method Not Allowed", f"{http.path} takes GET")
+            raise Problem(405, "Method Not Allowed", f"{quoted(http.path)} takes GET")
         if what == "state":
             return whole(200, _JSON, orjson.dumps(self._watched.view.state(self._watched.clock())))
         if what.startswith("decisions/"):
             found = self._watched.decisions.get(what.removeprefix("decisions/"))
             if found is not None:
                 return whole(200, _JSON, found)
-        raise Problem(404, "Not Found", f"there is nothing at {http.path}")
+        raise Problem(404, "Not Found", f"there is nothing at {quoted(http.path)}")
 
     def _tiers(self, snapshot: Snapshot) -> web.Response:
         body = _tiers_json(snapshot)
         return whole(200, {**_JSON, "etag": _etag(body)}, body)
+
+    async def _read(self, http: web.BaseRequest) -> bytes:
+        """The body. Raises Problem."""
+        within_s = self._watched.live.now.settings.timeouts.body_s
+        try:
+            return await read_body(http, BodyBound(_BODY_BYTES, within_s, ""))
+        except ApiError as error:
+            raise Problem(error.status, _TITLES[error.status], error.message) from None
 
     async def _put_tiers(self, http: web.BaseRequest) -> web.Response:
         """Replace all tiers: `{"tiers": [...], "default_tier": NAME}`, under If-Match when it is given."""
@@ -127,21 +139,22 @@ class Admin:
         expected = http.headers.get("if-match")
         if expected not in {None, "*", _etag(_tiers_json(live.now))}:
             raise Problem(412, "Precondition Failed", "the tiers have changed; read them again")
-        if (http.content_length or 0) > _BODY_BYTES:
-            raise Problem(413, "Content Too Large", f"at most {_BODY_BYTES} bytes")
+        given = await self._read(http)
         try:
-            body = orjson.loads(await http.read())
+            body = orjson.loads(given)
             if not isinstance(body, dict) or not {"tiers", "default_tier"} >= set(body) >= {"tiers"}:
                 raise Problem(400, "Bad Request", "the body must have `tiers` and may have `default_tier`")
             tiers = _TIERS.validate_python(body["tiers"])
             default = body.get("default_tier", live.now.settings.default_tier)
-            snapshot = live.replace_tiers(tiers, str(default))
+            if not isinstance(default, str) or default not in {tier.name for tier in tiers}:
+                raise ValueError(f"default_tier: must be one of the tiers' names, not {quoted(default)}")
+            snapshot = live.replace_tiers(tiers, default)
         except orjson.JSONDecodeError as error:
             raise Problem(400, "Bad Request", f"not valid JSON: {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise Problem(422, "Unprocessable Content", f"tiers.{place}: {first['msg']}") from None
+            raise Problem(422, "Unprocessable Content", f"tiers.{cut(place)}: {first['msg']}") from None
         except ValueError as error:
             raise Problem(422, "Unprocessable Content", str(error)) from None
         self._watched.set_tiers(snapshot.tiers)

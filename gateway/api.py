@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +11,12 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from adapters.contract import OutgoingRequest, UpstreamError
+from gateway.body import BodyBound, read_body
 from gateway.client import bearer, forwarded, whole, without_keys
 from gateway.errors import (
     ApiError,
     Dialect,
-    InvalidRequest,
     NotFound,
-    TooLarge,
     Unavailable,
     UpstreamFailed,
     WrongMethod,
@@ -93,26 +91,10 @@ class Api:
         return await self._generator.handle(http, route, body, caller, _given_id(http))
 
     async def _read(self, http: web.BaseRequest) -> bytes:
-        """The body. Raises TooLarge or InvalidRequest."""
+        """The body. Raises ApiError."""
         settings = self._parts.live.now.settings
-        limit = settings.limits.body_bytes
-        too_large = TooLarge(f"the body is larger than {limit} bytes (limits.body_bytes)", code="body_too_large")
-        if http.content_length is not None and http.content_length > limit:
-            raise too_large
-        if http.headers.get("expect", "").lower() == "100-continue":
-            await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            http.writer.output_size = 0
-        try:
-            if http.content.is_eof():  # all of it is here, as for most requests: no timer is needed
-                return await http.read()
-            async with asyncio.timeout(settings.timeouts.body_s):
-                return await http.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise too_large from None
-        except TimeoutError:
-            raise InvalidRequest("the body did not arrive in time", code="body_timeout") from None
-        except web.HTTPException as error:
-            raise InvalidRequest(f"the body cannot be read: {error.reason}", code="bad_body") from None
+        limit_bytes, within_s = settings.limits.body_bytes, settings.timeouts.body_s
+        return await read_body(http, BodyBound(limit_bytes, within_s, " (limits.body_bytes)"))
 
     async def _other(self, http: web.BaseRequest) -> web.StreamResponse:
         path = http.path

@@ -92,6 +92,13 @@ class TooLarge(ApiError):
     kind = "invalid_request_error"
 
 
+class UnknownEncoding(ApiError):
+    """The body is compressed in a way that nothing here can read."""
+
+    status = 415
+    kind = "invalid_request_error"
+
+
 class Refused(ApiError):
     """The promise cannot be kept: come back in `retry_after_s`, or not at all when that is None."""
 

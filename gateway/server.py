@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http_parser import RawRequestMessage
-from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from gateway.config import Settings
@@ -58,22 +54,8 @@ class GatewayServer(web.Server):
         # The gateway writes its own line a request.
         self._silent = logging.getLogger("tiergate.access")
         self._silent.disabled = True
-        self._body_bytes = settings.limits.body_bytes
         self._limits = settings.limits
         self._timeouts = settings.timeouts
-        self.request_factory = self._make
-
-    def _make(
-        self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: RequestHandler,
-        writer: AbstractStreamWriter,
-        task: asyncio.Task[None],
-    ) -> web.BaseRequest:
-        return web.BaseRequest(
-            message, payload, protocol, writer, task, self._loop, client_max_size=self._body_bytes
-        )
 
     def __call__(self) -> RequestHandler:
         limits = self._limits

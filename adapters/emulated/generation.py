@@ -339,7 +339,10 @@ async def read_json(request: web.Request) -> bytes:
     if request.content_type != "application/json":
         message = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
         raise ApiError(400, message)
-    return await request.read()
+    try:
+        return await request.read()
+    except web.RequestPayloadError as error:
+        raise bad_request("There was an error parsing the body") from error
 
 
 def json_answer(value: object) -> web.Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import random
@@ -379,6 +380,8 @@ async def test_bodies_that_are_no_json_or_too_big() -> None:
             ({"content-type": "application/json"}, b"{nope", 400),
             ({"content-type": "text/plain"}, b"{}", 400),
             ({"content-type": "application/json"}, b'"' + b"x" * 2000 + b'"', 413),
+            ({"content-type": "application/json", "content-encoding": "gzip"}, b"no gzip", 400),
+            ({"content-type": "application/json", "content-encoding": "gzip"}, gzip.compress(b"{}")[:-9], 400),
         ):
             async with engine.http.post("/v1/completions", data=data, headers=headers) as answer:
                 assert answer.status == status
