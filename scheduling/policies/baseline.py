@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from scheduling.decisions import Outcome
@@ -13,15 +14,16 @@ from scheduling.requests import Request
 from scheduling.tiers import Tier
 
 
-class Baseline:
+class Baseline(ABC):
     """A router without tiers. A subclass says in which order backends are tried."""
 
     name = "baseline"
     admission = Admission.OWN_FIRST_TOKEN
     uses_tiers = False
 
+    @abstractmethod
     def order(self, fleet: Fleet) -> Sequence[Ledger]:
-        raise NotImplementedError
+        """Every backend, in the order in which they are tried."""
 
     def stages(self, request: Request, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:
         yield Stage(Outcome.ROUTED, self.order(fleet), math.inf)
