@@ -56,6 +56,7 @@ class Engine:
         self.script: Sequence[bytes] = (ROLE, chunk("a"), chunk(" b"), chunk(" c", "stop"), DONE)
         self.usage_tokens = 3  # what the usage event says of a script's output
         self.down = False
+        self.health_asked = 0
         self.always: str | None = None
         self.release = asyncio.Event()
         self.sent_bytes = 0
@@ -66,6 +67,7 @@ class Engine:
         return f"http://127.0.0.1:{self.port}"
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.health_asked += request.path == "/health"
         if self.down:
             return web.Response(status=503)
         if request.path == "/v1/models":
@@ -192,6 +194,17 @@ class Engine:
         await answer.write(chunk("", "stop") + DONE)
         return answer
 
+    async def comments(self, request: web.BaseRequest, body: dict[str, object]) -> web.StreamResponse:
+        """Comments by the megabyte before the first token."""
+        answer = await self.begin(request)
+        comment = b": " + b"x" * 8_000 + b"\n\n"
+        for _ in range(2_000):
+            await answer.write(comment)
+            self.sent_bytes += len(comment)
+        for event in self.script:
+            await answer.write(event)
+        return answer
+
 
 _GENERATES = {
     "/v1/chat/completions",
@@ -203,7 +216,7 @@ _GENERATES = {
 _Behaviour = Callable[[Engine, web.BaseRequest, dict[str, object]], Awaitable[web.StreamResponse]]
 _NAMES = (
     *("good", "role_first", "overload", "overload_in_stream", "reject", "garbage", "noise", "cut", "ends_early"),
-    *("error_later", "stall", "silent", "wait", "flood", "first_then_wait"),
+    *("error_later", "stall", "silent", "wait", "flood", "first_then_wait", "comments"),
 )
 _BEHAVIOURS: dict[str, _Behaviour] = {name: getattr(Engine, name) for name in _NAMES}
 

@@ -94,6 +94,29 @@ async def test_an_overload_goes_to_another_backend_before_the_first_byte() -> No
                 assert idle(made)
 
 
+async def test_comments_without_end_are_not_read_for_ever() -> None:
+    """Megabytes before a first token: the gateway gives up in the second one, and asks another backend."""
+    async with engine() as one, gateway(settings_for(one)) as made, client(made) as ask:
+        status, body = await ask.read_chat("comments")
+        error = orjson.loads(body)["error"]
+        assert (status, error["code"]) == (502, "broken")
+        assert "no token in the first" in error["message"]
+        await until(lambda: not one.streams)
+        assert one.sent_bytes < 16_000_000
+        await settled(made)
+        assert idle(made)
+    async with engine() as one, engine() as two:
+        one.always = "comments"
+        async with (
+            gateway(settings_for(one, two, policy={"name": "round_robin"})) as made,
+            client(made) as ask,
+        ):
+            assert [await ask.read_chat() for _ in range(4)] == [(200, _SCRIPT)] * 4
+            assert made.shell.counts.retried >= 1
+            await settled(made)
+            assert idle(made)
+
+
 async def test_when_every_backend_fails_the_client_is_told_once() -> None:
     async with engine() as one, engine() as two:
         one.always = two.always = "overload"
@@ -371,6 +394,17 @@ async def test_a_backend_that_goes_down_and_comes_back() -> None:
         assert len(two.seen) == 1
         one.down = False
         await until(lambda: made.fleet.up >= 2)
+
+
+async def test_a_backend_is_down_after_exactly_as_many_failures_as_configured() -> None:
+    for failures in (1, 2, 3):
+        health = {"every_s": 3600, "failures": failures}
+        async with engine() as one, gateway(settings_for(one, health=health)) as made:
+            one.down = True
+            before = one.health_asked
+            made.fleet.suspect("e0")
+            await until(lambda: not made.fleet.up)
+            assert one.health_asked - before == failures
 
 
 async def test_one_backend_that_cannot_be_used_does_not_end_the_others(tmp_path: Path) -> None:
