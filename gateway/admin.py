@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import orjson
 from aiohttp import web
@@ -35,15 +36,18 @@ _TITLES = {400: "Bad Request", 413: "Content Too Large", 415: "Unsupported Media
 class Problem(Exception):
     """An answer other than success on an admin path (RFC 9457)."""
 
-    def __init__(self, status: int, title: str, detail: str) -> None:
+    def __init__(
+        self, status: int, title: str, detail: str, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         super().__init__(detail)
+        self.headers = headers
         self.status = status
         self.title = title
         self.detail = detail
 
     def answer(self) -> web.Response:
         body = {"type": "about:blank", "title": self.title, "status": self.status, "detail": self.detail}
-        return whole(self.status, _PROBLEM, orjson.dumps(body))
+        return whole(self.status, {**_PROBLEM, **self.headers}, orjson.dumps(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,7 @@ class Admin:
         try:
             return await read_body(http, BodyBound(_BODY_BYTES, within_s, ""))
         except ApiError as error:
-            raise Problem(error.status, _TITLES[error.status], error.message) from None
+            raise Problem(error.status, _TITLES[error.status], error.message, error.headers()) from None
 
     async def _put_tiers(self, http: web.BaseRequest) -> web.Response:
         """Replace all tiers: `{"tiers": [...], "default_tier": NAME}`, under If-Match when it is given."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from gateway.errors import InvalidRequest, TooLarge, UnknownEncoding
+from gateway.errors import InvalidRequest, TooLarge, UnknownEncoding, UnreadableBody
 from gateway.words import quoted
 
 # What aiohttp always decompresses; with other packages installed it knows more, which clients must not rely on.
@@ -24,7 +24,7 @@ class BodyBound:
 
 
 async def read_body(http: web.BaseRequest, bound: BodyBound) -> bytes:
-    """The body's bytes, decompressed. Raises TooLarge, UnknownEncoding or InvalidRequest."""
+    """The body, decompressed. Raises TooLarge, UnknownEncoding, UnreadableBody; InvalidRequest when it is late."""
     if http.content_length is not None and http.content_length > bound.limit_bytes:
         raise _too_large(bound)
     encoding = http.headers.get("content-encoding", "").strip().lower()
@@ -46,7 +46,7 @@ async def read_body(http: web.BaseRequest, bound: BodyBound) -> bytes:
         raise InvalidRequest("the body did not arrive in time", code="body_timeout") from None
     except web.RequestPayloadError:
         told = "does not fit its transfer-encoding" if encoding in {"", "identity"} else f"is not {encoding}"
-        raise InvalidRequest(f"the body cannot be read: it {told}", code="bad_body") from None
+        raise UnreadableBody(f"the body cannot be read: it {told}", code="bad_body") from None
 
 
 async def _whole(http: web.BaseRequest, bound: BodyBound) -> bytes:

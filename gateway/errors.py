@@ -72,6 +72,13 @@ class InvalidRequest(ApiError):
     kind = "invalid_request_error"
 
 
+class UnreadableBody(InvalidRequest):
+    """The body is not in the encoding that it claims; the connection is of no use after it."""
+
+    def headers(self) -> dict[str, str]:
+        return {"connection": "close"}
+
+
 class Unauthorized(ApiError):
     status = 401
     kind = "authentication_error"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -44,6 +45,11 @@ class _Connection(RequestHandler):
         answer = web.Response(status=status, headers={"content-type": "application/json"}, body=error.body())
         answer.force_close()
         return answer
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:  # aiohttp's own signature
+        """aiohttp reads the rest of a body after its answer; one that cannot be read was told to the client."""
+        if not isinstance(kw.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kw)
 
 
 class GatewayServer(web.Server):

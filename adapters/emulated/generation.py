@@ -339,10 +339,7 @@ async def read_json(request: web.Request) -> bytes:
     if request.content_type != "application/json":
         message = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
         raise ApiError(400, message)
-    try:
-        return await request.read()
-    except web.RequestPayloadError as error:
-        raise bad_request("There was an error parsing the body") from error
+    return await request.read()
 
 
 def json_answer(value: object) -> web.Response:

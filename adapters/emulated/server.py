@@ -18,7 +18,7 @@ from aiohttp.typedefs import Handler
 
 from adapters.emulated import exposition
 from adapters.emulated.driver import EngineDriver
-from adapters.emulated.errors import ApiError
+from adapters.emulated.errors import ApiError, bad_request
 from adapters.emulated.generation import Generations, json_answer, read_json
 from adapters.emulated.lag import LoopLag
 from adapters.emulated.prompts import chat_units
@@ -195,6 +195,10 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _refusal(error)
     except web.HTTPException as error:
         return _refusal(ApiError(error.status, error.reason))
+    except web.RequestPayloadError:
+        answer = _refusal(bad_request("There was an error parsing the body"))
+        answer.force_close()  # where the next request would begin is unknown
+        return answer
     except ConnectionResetError:
         return web.Response(status=_CLIENT_LEFT)  # nobody reads it: the client left before the first byte
 

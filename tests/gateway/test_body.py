@@ -62,7 +62,7 @@ async def test_a_compressed_body_reaches_the_engine_as_what_it_is(path: str) -> 
     ],
 )
 async def test_a_body_that_is_not_what_it_says_is_the_clients_mistake(
-    path: str, encoding: str, body: bytes, status: int
+    path: str, encoding: str, body: bytes, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with engine() as one, gateway(settings_for(one)) as made, client(made) as ask:
         found, told = await _post(ask, path, body, encoding)
@@ -70,6 +70,8 @@ async def test_a_body_that_is_not_what_it_says_is_the_clients_mistake(
         assert isinstance(error, dict)
         assert (found, error["type"]) == (status, "invalid_request_error"), told
         assert not one.seen
+        assert (await ask.read_chat())[0] == 200
+        assert not any(record.exc_info for record in caplog.records)
         assert not made.fleet.members()[0].suspected.is_set()
         await settled(made)
         assert idle(made)
