@@ -6,6 +6,8 @@ What a foreign library may raise is mapped here, once, into `UpstreamError`.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import socket
 import ssl as tls
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from aiohttp import ClientResponse, hdrs
 from yarl import URL
 
 from adapters.contract import Failure, UpstreamCall, UpstreamError
+
+log = logging.getLogger("tiergate.adapters")
 
 _SHOWN_CHARS = 100
 _SKIPPED_AUTO_HEADERS = (hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE)
@@ -87,7 +91,8 @@ class HttpResponse:
             data = await self._response.content.readany()
         except (aiohttp.ClientError, OSError) as error:
             self.abort()
-            raise UpstreamError(Failure.BROKEN, f"the engine broke off its answer: {_words(error)}") from error
+            log.debug("%s broke off its answer: %r", self._origin.base_url, error)
+            raise UpstreamError(Failure.BROKEN, f"the engine broke off its answer: {_plain(error)}") from error
         if not data:
             self.release()
         return data
@@ -285,7 +290,8 @@ def _unanswered(error: aiohttp.ClientError) -> bool:
 
 def _mapped(error: Exception, base: str) -> UpstreamError:
     """A foreign error in our terms; every kind that aiohttp, OpenSSL or the system can raise on an exchange."""
-    words = _words(error)
+    log.debug("%s: %r", base, error)
+    words = _plain(error)
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return UpstreamError(Failure.UNREACHABLE, f"{base} took too long to accept a connection")
     if isinstance(error, aiohttp.ServerTimeoutError):
@@ -297,5 +303,21 @@ def _mapped(error: Exception, base: str) -> UpstreamError:
     return UpstreamError(Failure.BROKEN, f"{base} did not answer in HTTP: {words}")
 
 
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
+def _plain(error: Exception) -> str:
+    """What happened, in words that name no library; clients read them."""
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            told = f"its certificate is not accepted: {error.certificate_error}"
+        case aiohttp.ClientConnectorDNSError():
+            told = "its name cannot be resolved"
+        case aiohttp.ServerDisconnectedError():
+            told = "it closed the connection before it had answered"
+        case aiohttp.ClientPayloadError():
+            told = "the bytes ended early, or were not in the encoding that its headers claim"
+        case aiohttp.ClientResponseError():
+            told = error.message
+        case OSError(errno=int(number)) if number > 0:
+            told = os.strerror(number)
+        case _:
+            told = str(error)
+    return " ".join(told.split())[:300]

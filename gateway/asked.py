@@ -80,18 +80,24 @@ def _service_tier(fields: Mapping[str, object], tiers: TierSet) -> str | None:
 
 
 def _header_s(headers: Mapping[str, str], names: tuple[str, ...]) -> float | None:
+    """The first of these that is there, in seconds; the others must be readable too. Raises InvalidRequest."""
+    found: float | None = None
     for name in names:
         text = headers.get(name)
-        if text is None:
-            continue
-        try:
-            value = float(text)
-        except ValueError:
-            raise InvalidRequest(f"{name}: {quoted(text)} is not a number of milliseconds", param=name) from None
-        if not math.isfinite(value) or not 0 < value <= _MAX_SLO_MS:
-            raise InvalidRequest(
-                f"{name}: must be more than 0 and at most {_MAX_SLO_MS:.0f} milliseconds, not {cut(text)}",
-                param=name,
-            )
-        return value / 1e3
-    return None
+        if text is not None:
+            value_s = _milliseconds(text, name) / 1e3
+            found = value_s if found is None else found
+    return found
+
+
+def _milliseconds(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise InvalidRequest(f"{name}: {quoted(text)} is not a number of milliseconds", param=name) from None
+    if not math.isfinite(value) or not 0 < value <= _MAX_SLO_MS:
+        raise InvalidRequest(
+            f"{name}: must be more than 0 and at most {_MAX_SLO_MS:.0f} milliseconds, not {cut(text)}",
+            param=name,
+        )
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import random
+import re
 
 import pytest
 
@@ -29,6 +30,8 @@ async def whole(upstream: HttpUpstream, call: UpstreamCall = POST) -> bytes:
 async def failing(upstream: HttpUpstream, call: UpstreamCall = POST) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
         await whole(upstream, call)
+    told = str(caught.value)
+    assert not re.search(r"[a-z](Error|Exception)\b|aiohttp|message=", told), "clients read it"
     return caught.value
 
 
@@ -133,6 +136,7 @@ class TestFailures:
         error = await failing(connect("http://127.0.0.1:1"))
         assert error.failure is Failure.UNREACHABLE
         assert error.retryable
+        assert str(error) == "http://127.0.0.1:1 cannot be reached: Connection refused"
 
     @pytest.mark.parametrize(
         "answer",
@@ -180,6 +184,9 @@ class TestFailures:
         with pytest.raises(UpstreamError) as caught:
             await response.read()
         assert caught.value.failure is Failure.BROKEN
+        assert str(caught.value).endswith(
+            "the bytes ended early, or were not in the encoding that its headers claim"
+        )
         assert upstream.open_exchanges == 0
         await until(lambda: upstream.open_connections == 0)
 
@@ -224,7 +231,10 @@ class TestFailures:
         await upstream.close()
         assert (await failing(upstream)).failure is Failure.UNREACHABLE
 
-    @pytest.mark.parametrize("url", ["", "localhost:80", "ftp://h", "http://", "http://h?a=b", "http://h#f"])
+    @pytest.mark.parametrize(
+        "url",
+        ["", "localhost:80", "ftp://h", "http://", "http://h?a=b", "http://h#f", "http://h:99999", "http://a b"],
+    )
     def test_an_unusable_url_is_named(self, url: str) -> None:
         with pytest.raises(ValueError, match="backend URL"):
             HttpUpstream(url)

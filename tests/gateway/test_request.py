@@ -113,6 +113,17 @@ async def test_a_bad_slo_header_is_told_by_name(name: str, value: str) -> None:
     assert (raised.value.status, raised.value.param) == (400, name)
 
 
+async def test_a_bad_alias_is_told_though_the_other_name_wins() -> None:
+    with pytest.raises(ApiError) as raised:
+        await _parse(_CHAT, {"x-slo-ttft-ms": "500", "x-llm-d-slo-ttft-ms": "soon"})
+    assert (raised.value.status, raised.value.param) == (400, "x-llm-d-slo-ttft-ms")
+
+
+async def test_a_number_that_is_not_whole_is_told_as_it_is() -> None:
+    with pytest.raises(ApiError, match=r"must be a whole number, not 1\.5"):
+        await _parse(_CHAT | {"max_tokens": 1.5})
+
+
 @pytest.mark.parametrize(
     ("body", "headers"),
     [
