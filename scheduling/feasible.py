@@ -67,7 +67,7 @@ def fits_hard_limits(ledger: Ledger, ask: Ask) -> Verdict | None:
 def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float) -> Judgement:
     """Every promise, in order: caps, memory, steady state, first token, second token, residents' slack."""
     backend = ledger.backend
-    pace_s = min(host_tpot_s, ask.own_tpot_s, ledger.tightest_tpot_s)
+    pace_s = min(ledger.binding_tpot_s(host_tpot_s), ask.own_tpot_s, ledger.tightest_tpot_s)
     enforced = backend.calibrated
     if enforced and ledger.floor_s * backend.margin > pace_s:
         return Judgement(Verdict.STEADY_STATE, tpot_s=ledger.floor_s, pace_s=pace_s)

@@ -401,6 +401,14 @@ class Ledger:
 
     # --- questions -----------------------------------------------------------------------------------------
 
+    def binding_tpot_s(self, host_tpot_s: float) -> float:
+        """The host's pace, where the engine can keep it at all: a pace that it misses even idle binds nobody,
+        or whoever has given up a promise would wait for ever."""
+        backend = self.backend
+        if backend.calibrated and self.alone_s * backend.margin > host_tpot_s:
+            return math.inf
+        return host_tpot_s
+
     def peak_kv_with(self, prompt_tokens: int, output_tokens: float, sequences: int = 1) -> int:
         """The most KV everybody will need at once if a newcomer joins: it holds its prompt from the start,
         grows by one token a step and leaves after `output_tokens`."""

@@ -55,7 +55,6 @@ def look(
     prompt_tokens = own_prompt_tokens(ask.request)
     for stage in stages:
         host_s = stage.host_tpot_s
-        pace_s = min(host_s, own_s)
         for ledger in stage.ledgers:
             backend = ledger.backend
             if (
@@ -67,6 +66,7 @@ def look(
                 seen.append((ledger, Verdict.UNAVAILABLE, None))
                 continue
             if every_promise:
+                pace_s = min(ledger.binding_tpot_s(host_s), own_s)
                 hopeless = _at_a_glance(ledger, ask, pace_s, prompt_tokens, now_s)
                 if hopeless is not None:
                     seen.append((ledger, hopeless, None))

@@ -819,3 +819,15 @@ def test_a_retry_whose_other_backends_are_gone_is_refused() -> None:
     play.tell(ev.BackendRemoved("b"))
     assert play.wait(1.0) == ["refuse r1: upstream_failed"]
     assert "the last: connection refused" in play.last[0].refusal.message  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("home", [None, "fast", "mid", "slow", "best"])
+def test_a_request_that_states_no_pace_is_served_by_engines_slower_than_its_tier(home: str | None) -> None:
+    """Its tier's pace is out of reach, and so is that of the backend's own: neither may keep it waiting."""
+    play = Play()
+    play.add("a", home, step_time=RooflineStepTime(c0_s=0.065, per_token_s=0.0001, per_seq_s=0.0009))
+    said = play.arrives("r1", "mid", slo_stated=False)
+    if home is None:
+        assert said[-1].startswith("claim a for mid")
+        said = play.claimed("a", "mid", 2)
+    assert any(line.startswith("reserve r1#1 on a: relegated") for line in said), said

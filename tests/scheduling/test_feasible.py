@@ -63,8 +63,9 @@ def test_feasible_with_every_number() -> None:
 
 def test_steady_state_by_the_host() -> None:
     ledger = Ledger(backend())
-    assert verdict(ledger, request("a", "slow"), host_s=0.012) is Verdict.FEASIBLE
-    assert verdict(ledger, request("a", "slow"), host_s=0.0109) is Verdict.STEADY_STATE
+    put(ledger, "other", 20, slo=Slo(9.0, 0.5))
+    assert verdict(ledger, request("a", "slow"), host_s=0.0125) is Verdict.FEASIBLE
+    assert verdict(ledger, request("a", "slow"), host_s=0.0115) is Verdict.STEADY_STATE
 
 
 def test_steady_state_by_the_newcomer() -> None:

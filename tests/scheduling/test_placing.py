@@ -8,9 +8,11 @@ from scheduling.backends import BackendState
 from scheduling.decisions import Outcome, Verdict
 from scheduling.feasible import Ask
 from scheduling.ledger import Ledger
+from scheduling.load import LoadVector
 from scheduling.placing import RECORDED_CANDIDATES, Choice, candidate_for, look, reason_for
 from scheduling.policies.protocol import Admission, Stage
 from scheduling.requests import Request
+from scheduling.tiers import Slo
 from tests.scheduling.play import backend, request
 
 EVERY = Admission.EVERY_PROMISE
@@ -28,13 +30,29 @@ def stage(*ledgers: Ledger, host_s: float = math.inf, outcome: Outcome = Outcome
     return Stage(outcome, ledgers, host_s)
 
 
+def busy(name: str) -> Ledger:
+    """A backend on which others decode already: one more makes its steps longer than 12.5 ms."""
+    ledger = Ledger(backend(name))
+    ledger.foreign = LoadVector(4, 0, 0)
+    ledger.refresh(0.0)
+    return ledger
+
+
 def test_the_first_that_passes_in_the_order_of_the_stages() -> None:
-    slow, good, never = (Ledger(backend(name)) for name in "abc")
-    found = look((stage(slow, host_s=0.005), stage(good, never, outcome=Outcome.PROMOTED)), ASK, EVERY, 0.0)
+    slow, good, never = busy("a"), Ledger(backend("b")), Ledger(backend("c"))
+    found = look((stage(slow, host_s=0.0125), stage(good, never, outcome=Outcome.PROMOTED)), ASK, EVERY, 0.0)
     assert found.choice is not None
     assert (found.choice.ledger, found.choice.outcome) == (good, Outcome.PROMOTED)
     assert [candidate.verdict for candidate in found.candidates] == [Verdict.STEADY_STATE, Verdict.FEASIBLE]
     assert found.looked_at == 2
+
+
+def test_a_pace_that_the_engine_misses_even_idle_binds_nobody() -> None:
+    idle = Ledger(backend("a"))
+    assert look((stage(idle, host_s=0.0109),), ASK, EVERY, 0.0).choice is not None
+    assert (
+        look((stage(idle, host_s=0.0109),), ask_for(request("r", slo=Slo(9.0, 0.0109))), EVERY, 0.0).choice is None
+    )
 
 
 def test_what_is_not_available_says_so() -> None:
@@ -60,8 +78,8 @@ def test_a_router_without_tiers_looks_at_the_first_token_and_the_caps_only() -> 
 
 
 def test_of_many_candidates_the_first_and_the_last_are_recorded_and_all_are_counted() -> None:
-    ledgers = [Ledger(backend(f"b{index:03}")) for index in range(100)]
-    found = look((stage(*ledgers, host_s=0.005),), ASK, EVERY, 0.0)
+    ledgers = [busy(f"b{index:03}") for index in range(100)]
+    found = look((stage(*ledgers, host_s=0.0125),), ASK, EVERY, 0.0)
     assert found.looked_at == 100
     assert found.why() == "100 steady_state"
     assert len(found.candidates) == RECORDED_CANDIDATES
