@@ -18,6 +18,11 @@ class FiguresUnavailable(Exception):
     """matplotlib is not installed."""
 
 
+def need_figures() -> None:
+    """Raises FiguresUnavailable when figures could not be drawn: told before a load, not after it."""
+    _figure()
+
+
 def _figure() -> Figure:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra; the rest of the package does without it

@@ -134,7 +134,8 @@ def write_config(path: Path, port: int, backends: Sequence[int], **more: object)
 def start_engines(ports: Sequence[int], folder: Path, *flags: str) -> ServerProcess:
     """Emulated engines in one process. Leave the result to end them."""
     numbers = ",".join(map(str, ports))
-    command = [*_TIERGATE, "emulate", "--ports", numbers, "--max-num-batched-tokens", "512", *flags]
+    command = [*_TIERGATE, "emulate", "--profile", PROFILE, "--ports", numbers]
+    command += ["--max-num-batched-tokens", "512", *flags]
     return ServerProcess(command, f"http://127.0.0.1:{ports[0]}/health", folder / f"engines-{numbers}.log")
 
 

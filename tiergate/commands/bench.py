@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from gateway.config import Settings, TierSettings
 from loadgen.client import LoadOptions, run_load
 from loadgen.client import Progress as LoadProgress
-from loadgen.figures import FiguresUnavailable, draw_attainment, draw_slack
+from loadgen.figures import FiguresUnavailable, draw_attainment, draw_slack, need_figures
 from loadgen.report import report, to_json
 from loadgen.results import LoadResult, summarise
 from loadgen.search import Bisection, Goodput, find_goodput
@@ -166,6 +166,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.json is not None and (args.json.is_dir() or not os.access(args.json.parent, os.W_OK)):
         raise OSError(f"--json: {args.json} cannot be written")
     if args.figures is not None:
+        need_figures()
         args.figures.mkdir(parents=True, exist_ok=True)
 
 

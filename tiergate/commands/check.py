@@ -19,7 +19,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "check",
         help="read a configuration, and explain what it means or what is wrong with it",
-        description="Explain a configuration, contacting no engine. Ends with 2 when it cannot be served.",
+        description="Explain a configuration, contacting no engine. Ends with 2 when something in it is wrong.",
     )
     add_settings_arguments(parser)
     parser.set_defaults(func=run)

@@ -22,7 +22,7 @@ from tiergate.commands import CommandFailed, UsageError
 if TYPE_CHECKING:
     from tiergate.commands import Subparsers
 
-_DEFAULT_PROFILE = "rtxpro6000-qwen3-32b-bf16"
+_DEFAULT_PROFILE = "h100-llama-3.1-8b-fp8"  # quick enough for the default tiers of `tiergate serve`
 
 _DESCRIPTION = f"""\
 Run EMULATED engines: HTTP servers with the routes, metrics and errors of vLLM {EMULATES_VERSION}, around a model

@@ -57,14 +57,12 @@ def fleet_view(size: Size, policy: str, seed: int, state: Mapping[str, object]) 
         f"   promoted {decisions.get('promoted', 0)}   refused {requests.get('refused', 0)}"
         f"   tokens {requests.get('output_tokens', 0):,}",
     )
-    tables = Table.grid(padding=(0, 3))
-    tables.add_row(_backends(size, state), _tiers(state))
     note = "" if size.engine != "emulated" else "the engines are EMULATED: no model runs"
-    return Group(head, tables, Text(note, style="dim"))
+    return Group(head, _backends(size, state), _tiers(state), Text(note, style="dim"))
 
 
 def _backends(size: Size, state: Mapping[str, object]) -> Table:
-    table = Table(title="backends, by tier and load", title_justify="left")
+    table = Table(title="backends, by tier and load", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("tier", "backend", "load", "running", "promoted"):
         table.add_column(heading, justify="left" if heading in {"tier", "backend", "load"} else "right")
     ranks = {tier.name: rank for rank, tier in enumerate(size.tiers)}
@@ -83,7 +81,7 @@ def _backends(size: Size, state: Mapping[str, object]) -> Table:
 
 
 def _tiers(state: Mapping[str, object]) -> Table:
-    table = Table(title="tiers", title_justify="left")
+    table = Table(title="tiers", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("tier")
     for heading in ("TTFT/TPOT ms", "ended", "attainment", "held", "TPOT p50 ms"):
         table.add_column(heading, justify="right")
