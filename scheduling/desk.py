@@ -162,7 +162,7 @@ class Desk:
         if lease_id is None or backend is None:
             return None
         del self._leases[lease_id]
-        ticket.lease_id = ticket.backend = ticket.resident = None
+        ticket.lease_id = ticket.backend = None
         return lease_id, backend
 
     def refuse(self, ticket: Ticket) -> None:

@@ -127,10 +127,6 @@ class Fleet:
     def tier_size(self, tier: str) -> int:
         return len(self._order.get(tier, ()))
 
-    def by_load(self) -> list[Ledger]:
-        """Every backend, least loaded first, whatever its tier."""
-        return sorted(self._ledgers.values(), key=lambda ledger: (ledger.load, ledger.backend.name))
-
     def pool(self) -> list[Ledger]:
         """Backends of no tier that are up and that nobody is claiming here, by name."""
         ledgers = self._ledgers

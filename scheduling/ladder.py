@@ -114,7 +114,6 @@ class Ladder:
             resident.expected_first_s = now_s + choice.judged.prefill.service_s
         ledger.place(resident, now_s)
         self._fleet.reorder(ledger)
-        ticket.resident = resident
         outcome = Outcome.RELEGATED if ticket.relegated else choice.outcome
         decision = self._decide(ticket, outcome, reason_for(outcome, choice), ledger.backend.name, found, now_s)
         self._desk.lease(ticket, lease_id, ledger.backend.name)
@@ -133,7 +132,6 @@ class Ladder:
             found.looked_at if found else 0,
         )
         ticket.decision = decision
-        ticket.outcome = outcome
         return decision
 
     def refuse(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from enum import Enum
 
-from scheduling.decisions import Decision, Outcome
+from scheduling.decisions import Decision
 from scheduling.feasible import Ask
-from scheduling.ledger import Resident
 from scheduling.lengths import LengthModel
 from scheduling.requests import Request
 from scheduling.tiers import Tier
@@ -46,11 +45,9 @@ class Ticket:
         "held_number",
         "lease_id",
         "lengths",
-        "outcome",
         "phase",
         "relegated",
         "request",
-        "resident",
         "store_refusals",
         "tier",
         "until_s",
@@ -67,9 +64,7 @@ class Ticket:
         self.excluded: frozenset[str] = frozenset()
         self.lease_id: str | None = None
         self.backend: str | None = None
-        self.resident: Resident | None = None
         self.decision: Decision | None = None
-        self.outcome: Outcome | None = None
         self.relegated = False
         self.gone = False
         self.held_number = -1  # which wait this is; older queue entries of the same ticket are stale

@@ -46,7 +46,6 @@ def test_a_tier_is_kept_in_order_of_load(changes: list[tuple[str, int, int]]) ->
         load(fleet, name, decodes, kv)
     expected = sorted("abcdef", key=lambda name: (-fleet[name].load, -fleet[name].kv_fraction(), name))
     assert names(fleet.in_tier("mid")) == names(fleet.walk_tier("mid")) == expected
-    assert names(fleet.by_load()) == sorted("abcdef", key=lambda name: (fleet[name].load, name))
 
 
 def test_load_is_the_steady_step_over_the_hosts_pace() -> None:
