@@ -10,6 +10,7 @@ COPY state state
 COPY adapters adapters
 COPY gateway gateway
 COPY simulator simulator
+COPY workloads workloads
 COPY loadgen loadgen
 COPY tiergate tiergate
 RUN /opt/tiergate/bin/pip install --no-cache-dir -c constraints.txt ".[tokenizer]"

@@ -1,8 +1,6 @@
 """Open-loop load against any OpenAI base URL, and what its clients saw.
 
-* ``traces``: real traces in their native formats; slices and scaling.
-* ``arrivals``: when requests come.
-* ``workload``: who comes: tiers, lengths, prompts; everything seeded.
+* ``prompts``: what is sent for a planned request (``workloads`` plans it).
 * ``client``, ``sse``: sends on schedule whatever the server does, and counts tokens.
 * ``search``: the highest rate that keeps a given attainment.
 * ``report``: tables, JSON, figures.

@@ -16,8 +16,8 @@ from loadgen.http import HttpError, HttpPool
 from loadgen.results import LoadResult, RequestResult, Timekeeping
 from loadgen.sse import StreamBroken, StreamError
 from loadgen.target import Target
-from loadgen.workload import PlannedRequest
 from scheduling.scoring import TierCounter, judge
+from workloads.plan import PlannedRequest
 
 _TIMER_S = 0.001  # uvloop's timers are whole milliseconds, and may fire early by one
 _LAG_PERIOD_S = 0.05

@@ -11,8 +11,8 @@ import orjson
 
 from loadgen.results import Answer, RequestResult
 from loadgen.sse import SseCounter, StreamBroken, StreamError, error_of
-from loadgen.workload import PlannedRequest
 from scheduling.scoring import RequestEnd, RequestRecord
+from workloads.plan import PlannedRequest
 
 _REFUSAL_STATUSES = frozenset({429, 503})
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loadgen.workload import PlannedRequest, TierMix
 from scheduling.scoring import PredictionScore, RequestRecord, Score, judge, quantile, score, score_predictions
+from workloads.mix import TierMix
+from workloads.plan import PlannedRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from enum import Enum
 
 import orjson
 
-from loadgen.workload import PlannedRequest, TokenIdPrompts, WordPrompts
+from loadgen.prompts import TokenIdPrompts, WordPrompts
+from workloads.plan import PlannedRequest
 
 
 class Route(Enum):

@@ -24,11 +24,22 @@ ALLOWED: dict[str, frozenset[str]] = {
     "state": frozenset({"tiergate_engine", "scheduling", "profiles"}),
     "adapters": frozenset({"tiergate_engine", "scheduling", "profiles"}),
     "gateway": frozenset({"tiergate_engine", "scheduling", "profiles", "state", "adapters"}),
-    "simulator": frozenset({"tiergate_engine", "scheduling", "profiles", "state", "adapters"}),
-    "loadgen": frozenset({"tiergate_engine", "scheduling", "profiles", "state", "adapters"}),
+    "workloads": frozenset({"tiergate_engine", "scheduling"}),
+    "simulator": frozenset({"tiergate_engine", "scheduling", "profiles", "state", "adapters", "workloads"}),
+    "loadgen": frozenset({"tiergate_engine", "scheduling", "profiles", "state", "adapters", "workloads"}),
     "tiergate": frozenset(
-        {"tiergate_engine", "scheduling", "profiles", "state", "adapters", "gateway", "simulator", "loadgen"}
-    ),
+        {
+            "tiergate_engine",
+            "scheduling",
+            "profiles",
+            "state",
+            "adapters",
+            "gateway",
+            "workloads",
+            "simulator",
+            "loadgen",
+        }
+    ),  # fmt: skip
 }
 PURE = ("tiergate_engine", "scheduling")
 # An engine binding may import its engine, and nothing of ours may import a binding.

@@ -9,12 +9,14 @@ import pytest
 from aiohttp import web
 
 from loadgen.client import LoadOptions, Progress, run_load
+from loadgen.prompts import TokenIdPrompts, WordPrompts
 from loadgen.results import LoadResult, predictions, refusals, summarise
 from loadgen.target import Lengths, Route, Target
-from loadgen.workload import PlannedRequest, TierMix, TierShare, TokenIdPrompts, WordPrompts
 from scheduling.scoring import RequestEnd, judge
 from scheduling.tiers import Slo
 from tests.loadgen.conftest import DONE_EVENT, ROLE_EVENT, Server, stream_bytes, token_event, usage_event
+from workloads.mix import TierMix, TierShare
+from workloads.plan import PlannedRequest
 
 EASY = Slo(60.0, 10.0)
 MIX = TierMix((TierShare("chat", EASY, 1.0),))

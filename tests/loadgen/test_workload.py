@@ -11,21 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadgen.arrivals import gamma, poisson
-from loadgen.traces import Trace, TraceRequest
-from loadgen.workload import (
-    PlannedRequest,
-    TierMix,
-    TierShare,
-    TokenIdPrompts,
-    Window,
-    WordPrompts,
-    WorkloadError,
-    parse_mix,
-    plan,
-    synthetic_trace,
-)
+from loadgen.prompts import TokenIdPrompts, WordPrompts
 from scheduling.tiers import Slo
+from workloads.arrivals import gamma, poisson
+from workloads.mix import TierMix, TierShare, WorkloadError, parse_mix
+from workloads.plan import PlannedRequest, Window, plan, synthetic_trace
+from workloads.traces import Trace, TraceRequest
 
 MIX = TierMix((TierShare("fast", Slo(0.5, 0.02), 1), TierShare("batch", Slo(None, None), 3)))
 

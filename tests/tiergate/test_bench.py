@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from loadgen.prompts import WordPrompts
 from loadgen.search import Goodput, Point
 from loadgen.target import Lengths, Target
-from loadgen.workload import PlannedRequest, TierShare, WordPrompts, WorkloadError
 from scheduling.tiers import Slo
 from tests.conftest import StartServer
 from tiergate import cli
 from tiergate.commands.bench import describe, read_mix
+from workloads.mix import TierShare, WorkloadError
+from workloads.plan import PlannedRequest
 
 MODEL = "emulated"
 

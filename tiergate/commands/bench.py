@@ -24,11 +24,17 @@ from gateway.config import Settings, TierSettings
 from loadgen.client import LoadOptions, run_load
 from loadgen.client import Progress as LoadProgress
 from loadgen.figures import FiguresUnavailable, draw_attainment, draw_slack, need_figures
+from loadgen.prompts import TokenIdPrompts, WordPrompts
 from loadgen.report import report, to_json
 from loadgen.results import LoadResult, summarise
 from loadgen.search import Bisection, Goodput, find_goodput
 from loadgen.target import Lengths, Route, Target
-from loadgen.traces import (
+from scheduling.scoring import Score
+from scheduling.tiers import Slo
+from tiergate.commands import CommandFailed, UsageError
+from workloads.mix import TierMix, TierShare, WorkloadError, parse_mix
+from workloads.plan import Window, plan, synthetic_trace
+from workloads.traces import (
     Trace,
     TraceError,
     limit_lengths,
@@ -38,20 +44,6 @@ from loadgen.traces import (
     spread_ticks,
     time_window,
 )
-from loadgen.workload import (
-    TierMix,
-    TierShare,
-    TokenIdPrompts,
-    Window,
-    WordPrompts,
-    WorkloadError,
-    parse_mix,
-    plan,
-    synthetic_trace,
-)
-from scheduling.scoring import Score
-from scheduling.tiers import Slo
-from tiergate.commands import CommandFailed, UsageError
 
 if TYPE_CHECKING:
     from tiergate.commands import Subparsers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loadgen.traces import (
+from workloads.traces import (
     Trace,
     TraceError,
     TraceRequest,

@@ -9,7 +9,7 @@ Formats, told apart by the header or the first line:
 * Qwen-Bailian: JSON lines with ``chat_id`` and ``timestamp`` in seconds (16-token blocks)
 
 Any of them may be compressed with gzip (``.gz``). No public trace carries latency targets; tiers are assigned by
-`loadgen.workload`.
+`workloads.plan`.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
 
 
 def shipped_trace(name: str) -> Trace:
-    """A trace that comes with the package: ``azure2023_conv`` or ``azure2023_code`` (loadgen/data/README.md)."""
-    resource = importlib.resources.files("loadgen") / "data" / f"{name}.csv.gz"
+    """A trace that comes with the package: ``azure2023_conv`` or ``azure2023_code`` (workloads/data/README.md)."""
+    resource = importlib.resources.files("workloads") / "data" / f"{name}.csv.gz"
     if not resource.is_file():
         raise TraceError(f"no shipped trace is called {name!r}: it is azure2023_conv or azure2023_code")
     with importlib.resources.as_file(resource) as path:
