@@ -39,7 +39,7 @@ ALLOWED: dict[str, frozenset[str]] = {
             "simulator",
             "loadgen",
         }
-    ),  # fmt: skip
+    ),
 }
 PURE = ("tiergate_engine", "scheduling")
 # An engine binding may import its engine, and nothing of ours may import a binding.

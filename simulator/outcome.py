@@ -1,0 +1,106 @@
+"""What one simulated run gave: numbers only, the same bytes for the same cell (but for `Timing`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from scheduling.scoring import PredictionScore
+
+
+@dataclass(frozen=True, slots=True)
+class TierOutcome:
+    """One tier's measured requests, or all of them. Times in seconds; None where nothing was served.
+
+    `attained` counts tokens from zero (the strict deadlines); `attained_one_based` from one. Offered are all that
+    arrived; admitted are those that were not refused.
+    """
+
+    tier: str
+    offered: int
+    attained: int
+    attained_one_based: int
+    finished: int
+    refused: int
+    failed: int
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    tpot_p50_s: float | None
+    tpot_p99_s: float | None
+
+    @property
+    def admitted(self) -> int:
+        return self.offered - self.refused
+
+    @property
+    def attainment(self) -> float | None:
+        """Of what was offered."""
+        return self.attained / self.offered if self.offered else None
+
+    @property
+    def attainment_admitted(self) -> float | None:
+        return self.attained / self.admitted if self.admitted else None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The fleet at one moment.
+
+    Attributes:
+        at_s: since the start.
+        held: requests waiting in the gateways.
+        backends: by tier (`pool`: of none), the loads of its backends, highest first: the gradient.
+    """
+
+    at_s: float
+    held: int
+    backends: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What the run cost here: differs from run to run."""
+
+    cpu_s: float
+    decision_p50_s: float | None
+    decision_p99_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CellOutcome:
+    """One run.
+
+    Attributes:
+        tiers: tight to loose, of measured requests.
+        refusals: measured requests refused, by reason.
+        outcomes: measured requests by the rung of the ladder they were placed on.
+        backend_seconds: time backends spent in a tier while measured requests arrived; for policies without
+            tiers, time backends had anybody on board.
+        backend_seconds_held: the same, but all backends of the fleet, whatever they did.
+        instance_s_per_request: PolyServe's cost: a step's time over its sequences, summed over every request's
+            steps, mean over the measured requests that finished.
+        window_s: from the first to the last measured arrival.
+        left_out: part of the trace's requests whose promise no idle engine keeps, and which were not offered.
+    """
+
+    tiers: tuple[TierOutcome, ...]
+    overall: TierOutcome
+    refusals: Mapping[str, int]
+    outcomes: Mapping[str, int]
+    backend_seconds: float
+    backend_seconds_held: float
+    instance_s_per_request: float | None
+    window_s: float
+    ended_s: float
+    preemptions: int
+    decisions: int
+    left_out: float
+    predicted_ttft: PredictionScore
+    predicted_tpot: PredictionScore
+    samples: tuple[Sample, ...]
+    timing: Timing | None = None
+
+    @property
+    def worst_tier_attainment(self) -> float | None:
+        """The attainment of the tier that fares worst: what "every tier at 90 %" is judged by."""
+        return min((tier.attainment for tier in self.tiers if tier.attainment is not None), default=None)

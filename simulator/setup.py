@@ -1,0 +1,43 @@
+"""What a contender is made of: a policy, and how its engines are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from scheduling.options import Options
+from scheduling.policies.protocol import Policy
+from scheduling.tiers import TierSet
+from simulator.scenario import Form
+
+
+def _same(tiers: TierSet) -> TierSet:
+    return tiers
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A contender, ready to run.
+
+    Attributes:
+        policy: makes the policy of one replica.
+        form: co-located or disaggregated.
+        driven: engines size every chunk so that the step keeps their pace (the host tier's, or the tightest
+            resident's when that is tighter); else their token budget is static.
+        chunk_tokens: the static token budget of a step; None: the engine's own default.
+        lengths: how answer lengths are known: `mean` (of the trace, as in PolyServe §4.5), `learned` (online, as
+            the gateway does) or `known` (a bound, not a policy).
+        margin: factor on predicted times.
+        options: the dispatcher's.
+        tiers: the tiers as the policy is to see them.
+    """
+
+    policy: Callable[[Random], Policy]
+    form: Form = Form.COLOCATED
+    driven: bool = False
+    chunk_tokens: int | None = None
+    lengths: str = "mean"
+    margin: float = 1.0
+    options: Options = field(default_factory=Options)
+    tiers: Callable[[TierSet], TierSet] = _same
