@@ -74,9 +74,9 @@ class CellOutcome:
         tiers: tight to loose, of measured requests.
         refusals: measured requests refused, by reason.
         outcomes: measured requests by the rung of the ladder they were placed on.
-        backend_seconds: time backends spent in a tier while measured requests arrived; for policies without
-            tiers, time backends had anybody on board.
-        backend_seconds_held: the same, but all backends of the fleet, whatever they did.
+        backend_seconds: time backends spent in a tier while measured requests arrived; all of them, all the time,
+            for policies without tiers.
+        backend_seconds_busy: time in the same window that backends had anybody on board.
         instance_s_per_request: PolyServe's cost: a step's time over its sequences, summed over every request's
             steps, mean over the measured requests that finished.
         window_s: from the first to the last measured arrival.
@@ -88,7 +88,7 @@ class CellOutcome:
     refusals: Mapping[str, int]
     outcomes: Mapping[str, int]
     backend_seconds: float
-    backend_seconds_held: float
+    backend_seconds_busy: float
     instance_s_per_request: float | None
     window_s: float
     ended_s: float

@@ -1,7 +1,7 @@
 """What one simulated run is, as plain values: they address its stored result.
 
-A `Cell` is one run: a workload at a rate and seed, on a fleet, under a contender. Two cells that are equal give the
-same bytes; everything a run depends on, but the code and the profile's numbers, stands in it.
+A `Cell` is one run: a workload at a rate and seed, on a fleet, under a contender. Two cells that are equal give
+the same bytes; everything a run depends on, but the code and the profile's numbers, stands in it.
 """
 
 from __future__ import annotations
