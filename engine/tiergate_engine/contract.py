@@ -66,6 +66,8 @@ class SequenceSpec:
         output_tokens: how many tokens it will really produce; only the engine knows.
         priority: smaller is served earlier (with `EngineConfig.priority_scheduling`).
         prefix_blocks: ids of the prompt's leading blocks, `block_tokens` each; equal ids are equal content.
+        received_tokens: leading prompt tokens whose KV another engine computed and sent (prefill/decode
+            disaggregation): they take blocks but no time, until a preemption drops them.
     """
 
     sequence_id: str
@@ -73,8 +75,11 @@ class SequenceSpec:
     output_tokens: int
     priority: int = 0
     prefix_blocks: tuple[int, ...] = ()
+    received_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.received_tokens <= self.prompt_tokens:
+            raise ValueError(f"received_tokens must be within the prompt, not {self.received_tokens}")
         if self.prompt_tokens < 1 or self.output_tokens < 1:
             raise ValueError(
                 f"prompt_tokens and output_tokens must be at least 1, "

@@ -28,6 +28,7 @@ class LiveSequence:
 
     Attributes:
         target: KV tokens to have before the next token comes out of its prefill.
+        received: prompt tokens whose KV came from another engine and has not been dropped.
         last_step: the count of steps after which its last token is out, while it decodes.
         chunk: tokens it prefills in the step that is being filled or in flight.
         doomed: aborted while in the step in flight.
@@ -36,6 +37,7 @@ class LiveSequence:
     spec: SequenceSpec
     holder: Holder
     target: int
+    received: int = 0
     state: State = State.WAITING
     kv: int = 0
     generated: int = 0

@@ -14,6 +14,7 @@ of them start a new block in which step, and who ends in which step.
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 from tiergate_engine.contract import (
     Emitted,
@@ -38,6 +39,9 @@ __all__ = [
     "SequenceTooLong",
 ]
 
+MIN_CHUNK_TOKENS = 16
+"""The chunk of a prompt on an engine that has nothing else to do, when its pace allows none."""
+
 
 class EngineModel:
     """One engine. Call `next_step`, let its duration pass, call `finish_step`; submit and abort at any time.
@@ -51,6 +55,7 @@ class EngineModel:
         blocks = config.kv_tokens // config.block_tokens
         self._pool = CachingPool(blocks) if config.prefix_caching else BlockPool(blocks)
         self._budget = config.max_batched_tokens
+        self._pace_s: float | None = None
         self._cap = config.max_running_seqs
         self._known: dict[str, LiveSequence] = {}
         self._running: dict[str, LiveSequence] = {}  # in running order
@@ -106,12 +111,28 @@ class EngineModel:
         most = self.config.max_batched_tokens
         self._budget = most if tokens is None else min(tokens, most)
 
+    def set_pace(self, seconds: float | None) -> None:
+        """Most seconds a step with prompt chunks may take, from the next step on: chunks are cut to it (dynamic
+        chunking, PolyServe §4.7). Decodes always go. None lifts it."""
+        if seconds is not None and not seconds > 0.0:
+            raise ValueError(f"seconds must be positive or None, not {seconds}")
+        self._pace_s = seconds
+
     def set_running_cap(self, sequences: int | None) -> None:
         """Most sequences that may be admitted to run; those that run stay. None lifts it."""
         if sequences is not None and sequences < 0:
             raise ValueError(f"sequences must be at least 0 or None, not {sequences}")
         most = self.config.max_running_seqs
         self._cap = most if sequences is None else min(sequences, most)
+
+    def decode_progress(self) -> list[tuple[str, int]]:
+        """Every running decode with the tokens it has made so far."""
+        steps = self.steps
+        return [
+            (key, sequence.generated + steps)
+            for key, sequence in self._running.items()
+            if sequence.state is State.DECODE
+        ]
 
     # --- sequences in and out ------------------------------------------------------------------------------
 
@@ -131,7 +152,8 @@ class EngineModel:
         if config.max_queued_seqs is not None and self._waiting >= config.max_queued_seqs:
             raise EngineFull(f"{self._waiting} sequences wait, the cap is {config.max_queued_seqs}")
         self._submitted += 1
-        sequence = LiveSequence(spec, Holder(self._submitted, spec.prefix_blocks), spec.prompt_tokens)
+        holder = Holder(self._submitted, spec.prefix_blocks)
+        sequence = LiveSequence(spec, holder, spec.prompt_tokens, spec.received_tokens)
         self._known[spec.sequence_id] = sequence
         self._waiting += 1
         if config.async_scheduling and self._in_flight is not None:
@@ -182,9 +204,12 @@ class EngineModel:
         ]
         if not step.tokens:
             return None
-        host_s = self.config.host_step_s + self.config.host_seq_s * (step.decode_seqs + step.prefill_seqs)
+        host_s = self._host_seconds(step.decode_seqs + step.prefill_seqs)
         self._in_flight = PlannedStep(step, now_s, self._step_time.seconds(step) + host_s)
         return self._in_flight
+
+    def _host_seconds(self, seqs: int) -> float:
+        return self.config.host_step_s + self.config.host_seq_s * seqs
 
     def finish_step(self, now_s: float) -> tuple[Emitted, ...]:
         """End the step in flight: every token that came out, in running order."""
@@ -285,7 +310,7 @@ class EngineModel:
         """Back to the queue, KV gone. `extra_blocks` were taken for the step being filled."""
         self._unseat(sequence, extra_blocks)
         sequence.target = sequence.spec.prompt_tokens + sequence.generated
-        sequence.kv = sequence.chunk = 0
+        sequence.kv = sequence.chunk = sequence.received = 0
         self.preemptions += 1
         sequence.state = State.WAITING
         self._waiting += 1
@@ -306,12 +331,24 @@ class EngineModel:
             return step
         block = self.config.block_tokens
         limits = StepLimits(
-            self._budget, self._cap - len(self._running), self._pool.free, block, self.config.whole_prompt
+            self._budget,
+            self._cap - len(self._running),
+            self._pool.free,
+            block,
+            self.config.whole_prompt,
+            None if self._pace_s is None else self._pace_s - self._host_seconds(step.decode_seqs + 1),
         )
-        chosen = list(zip(sequences, asks, fill(step, asks, limits), strict=True))
+        chunks = fill(step, asks, limits, step_time=self._step_time)
+        if not step.tokens and not any(chunks):
+            # Nobody decodes and not even one token keeps the pace: without a step the engine would never go on.
+            chunks = fill(step, asks, replace(limits, tokens=MIN_CHUNK_TOKENS, within_s=None))
+        chosen = list(zip(sequences, asks, chunks, strict=True))
         for sequence, ask, chunk in chosen:
             if not ask.admitted and chunk:
-                self._pool.revive(sequence.holder, ask.context_tokens // block)
+                if sequence.received:
+                    self._pool.take(ask.revived_blocks)
+                else:
+                    self._pool.revive(sequence.holder, ask.context_tokens // block)
                 self._waiting -= 1
                 sequence.state = State.PREFILL
                 sequence.kv = ask.context_tokens
@@ -335,8 +372,12 @@ class EngineModel:
             if sequence.state is not State.WAITING:
                 continue
             # The last token is always computed: its logits are wanted.
-            hit, unused = self._pool.hits(sequence.holder, (sequence.target - 1) // self.config.block_tokens)
-            context = hit * self.config.block_tokens
+            if sequence.received:
+                context = min(sequence.received, sequence.target - 1)
+                unused = new_blocks(0, context, self.config.block_tokens)
+            else:
+                hit, unused = self._pool.hits(sequence.holder, (sequence.target - 1) // self.config.block_tokens)
+                context = hit * self.config.block_tokens
             ask = Prefill(sequence.target - context, context, revived_blocks=unused)
             sequences.append(sequence)
             asks.append(ask)

@@ -166,6 +166,61 @@ def test_a_budget_below_the_decodes_starves_the_later_ones() -> None:
     assert order == [["a", "b"]] * 3 + [["c", "d"]] * 3 + [["e"]] * 2
 
 
+def test_chunks_are_cut_to_a_pace_and_decodes_always_go() -> None:
+    model = engine()
+    model.submit(spec("a", prompt=100, output=50), 0.0)
+    run_step(model)
+    model.submit(spec("b", prompt=2000, output=3), 0.0)
+    model.set_pace(0.015)
+    planned = plan(model)
+    assert planned.step.decode_seqs == 1
+    assert 0 < planned.step.prefill_tokens < 600
+    assert planned.duration_s <= 0.015
+    one_more = planned.step + Step.chunk(1)
+    assert STEP_TIME.seconds(one_more) > 0.015 - 1e-5
+    model.finish_step(0.0)
+    model.set_pace(0.001)  # shorter than the decode alone
+    assert plan(model).step == Step.decode(1, 102)
+    model.finish_step(0.0)
+    model.set_pace(None)
+    assert plan(model).step.prefill_tokens > 1000
+    with pytest.raises(ValueError, match="seconds must be positive"):
+        model.set_pace(0.0)
+
+
+def test_an_engine_that_cannot_keep_its_pace_at_all_goes_on() -> None:
+    model = engine()
+    model.set_pace(0.001)
+    model.submit(spec("a", prompt=100, output=2), 0.0)
+    assert [token.sequence_id for token in run_out(model)] == ["a", "a"]
+
+
+def test_received_kv_takes_blocks_but_no_time() -> None:
+    model = engine()
+    model.submit(SequenceSpec("a", 1000, 3, received_tokens=1000), 0.0)
+    assert plan(model).step == Step.chunk(1, 999)
+    assert model.kv_used_tokens == 1008
+    assert model.finish_step(0.0) == (Emitted("a", 0, False),)
+    assert model.decode_progress() == [("a", 1)]
+    run_out(model)
+    assert model.kv_used_tokens == 0
+    with pytest.raises(ValueError, match="received_tokens"):
+        SequenceSpec("b", 10, 1, received_tokens=11)
+
+
+def test_received_kv_is_lost_in_a_preemption() -> None:
+    model = engine(replace(CONFIG, kv_tokens=160, max_model_tokens=200))
+    model.submit(SequenceSpec("a", 60, 40, received_tokens=60), 0.0)
+    model.submit(SequenceSpec("b", 60, 40, received_tokens=60), 0.0)
+    chunks = []
+    while (planned := model.next_step(0.0)) is not None:
+        chunks.append(planned.step.prefill_tokens)
+        model.finish_step(0.0)
+    assert model.preemptions > 0
+    assert chunks[0] == 2
+    assert max(chunks[1:]) > 60
+
+
 def test_the_queue_goes_by_arrival() -> None:
     model = engine(replace(CONFIG, max_running_seqs=1))
     for name, priority in (("a", 5), ("b", 1), ("c", 3)):

@@ -267,6 +267,6 @@ def test_a_chunk_never_shortens_a_corrected_step(
 ) -> None:
     decodes = Step.decode(seqs, kv)
     with_chunk = step_time.seconds(decodes + Step.chunk(chunk))
-    assert with_chunk >= step_time.seconds(decodes)
+    assert with_chunk >= step_time.seconds(decodes) * (1 - 1e-12)  # but for the last bit
     if step_time.mixed_factor < step_time.decode_factor:
         assert with_chunk >= step_time.mixed_factor * step_time.base.seconds(decodes + Step.chunk(chunk))
