@@ -15,7 +15,9 @@ from workloads.mix import TierShare
 class Arrivals(StrEnum):
     """When requests come."""
 
-    POISSON = "poisson"  # at the cell's rate; lengths are drawn from the trace with replacement
+    # At the cell's rate; lengths are drawn from the trace with replacement, but where prefixes are offered: those
+    # keep the trace's order, which decides what is still cached.
+    POISSON = "poisson"
     TRACE = "trace"  # as the trace has it, played faster or slower to meet the cell's rate
 
 

@@ -20,6 +20,7 @@ import importlib.resources
 import itertools
 import math
 import random
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -171,6 +172,8 @@ _CSV_FORMATS: tuple[tuple[frozenset[str], _Reader, int | None], ...] = (
     (frozenset({"Timestamp", "Request tokens", "Response tokens"}), _burstgpt, None),
 )
 
+_SHIPPED = ".csv.gz"
+
 
 def load_trace(path: Path, limit: int | None = None) -> Trace:
     """Read a trace; at most `limit` rows of it.
@@ -186,13 +189,57 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
             raise TraceError(f"{path}: not a readable text file: {error}") from error
 
 
+def shipped() -> tuple[str, ...]:
+    """The names of the traces that come with the package (workloads/data/README.md)."""
+    files = (importlib.resources.files("workloads") / "data").iterdir()
+    return tuple(sorted(file.name[: -len(_SHIPPED)] for file in files if file.name.endswith(_SHIPPED)))
+
+
 def shipped_trace(name: str) -> Trace:
-    """A trace that comes with the package: ``azure2023_conv`` or ``azure2023_code`` (workloads/data/README.md)."""
-    resource = importlib.resources.files("workloads") / "data" / f"{name}.csv.gz"
-    if not resource.is_file():
-        raise TraceError(f"no shipped trace is called {name!r}: it is azure2023_conv or azure2023_code")
+    """A trace that comes with the package, by its name in `shipped`. Raises TraceError for another name."""
+    if name not in shipped():
+        raise TraceError(f"no shipped trace is called {name!r}: it is one of {', '.join(shipped())}")
+    resource = importlib.resources.files("workloads") / "data" / f"{name}{_SHIPPED}"
     with importlib.resources.as_file(resource) as path:
         return load_trace(path)
+
+
+_UNIFORM = re.compile(r"uniform:(\d+)-(\d+)/(\d+)-(\d+)")
+_UNIFORM_ROWS = 10_000
+
+
+def named_trace(name: str) -> Trace:
+    """A trace by what a scenario calls it: ``uniform:64-4096/16-1024``, a shipped trace's name, or a path.
+
+    Raises TraceError when there is no such trace or it cannot be read.
+    """
+    if name.startswith("uniform:"):
+        return uniform_trace(name)
+    if name in shipped():
+        return shipped_trace(name)
+    if not Path(name).is_file():
+        raise TraceError(
+            f"no trace {name!r}: it is a file, uniform:LOW-HIGH/LOW-HIGH (prompt and output tokens), or one of "
+            + ", ".join(shipped())
+        )
+    try:
+        return load_trace(Path(name))
+    except OSError as error:
+        raise TraceError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+def uniform_trace(name: str) -> Trace:
+    """Lengths drawn evenly from ``uniform:PROMPT_LOW-PROMPT_HIGH/OUTPUT_LOW-OUTPUT_HIGH`` tokens, no arrivals.
+
+    The same name gives the same trace. Raises TraceError when the name reads otherwise.
+    """
+    match = _UNIFORM.fullmatch(name)
+    low, high, least, most = (int(part) for part in match.groups()) if match else (0, 0, 0, 0)
+    if not (1 <= low <= high and 1 <= least <= most):
+        raise TraceError(f"{name!r} must read uniform:LOW-HIGH/LOW-HIGH, prompt and output tokens from 1")
+    rng = random.Random(name)
+    requests = (TraceRequest(0.0, rng.randint(low, high), rng.randint(least, most)) for _ in range(_UNIFORM_ROWS))
+    return Trace(name, tuple(requests))
 
 
 def _read(file: IO[str], path: str, name: str, limit: int | None) -> Trace:
