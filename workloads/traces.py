@@ -1,15 +1,6 @@
-"""Request traces: read in their native formats, cut, scaled.
+"""Request traces: read, named, cut, scaled. `workloads.formats` has their formats; any may be gzip (``.gz``).
 
-Formats, told apart by the header or the first line:
-
-* ours: CSV ``arrival_s,prompt_tokens,output_tokens[,client][,prefix_blocks]``
-* Azure LLM inference 2023 and 2024: CSV ``TIMESTAMP,ContextTokens,GeneratedTokens``
-* BurstGPT: CSV ``Timestamp,...,Request tokens,Response tokens,...``
-* Mooncake: JSON lines ``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids`` (512-token blocks)
-* Qwen-Bailian: JSON lines with ``chat_id`` and ``timestamp`` in seconds (16-token blocks)
-
-Any of them may be compressed with gzip (``.gz``). No public trace carries latency targets; tiers are assigned by
-`workloads.plan`.
+No public trace carries latency targets; tiers are assigned by `workloads.plan` and by the simulator.
 """
 
 from __future__ import annotations
@@ -22,38 +13,39 @@ import math
 import random
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-import orjson
+from workloads.formats import Row, TraceError, TraceRequest, detect
 
-
-class TraceError(ValueError):
-    """A trace cannot be read; the message names file, line and field."""
-
-
-@dataclass(frozen=True, slots=True)
-class TraceRequest:
-    """One request of a trace. `prefix_blocks`: equal ids in two requests mean the same text at that place."""
-
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    client: str | None = None
-    prefix_blocks: tuple[int, ...] = ()
+__all__ = [
+    "Trace",
+    "TraceError",
+    "TraceRequest",
+    "limit_lengths",
+    "load_trace",
+    "named_trace",
+    "scale_rate",
+    "shipped",
+    "shipped_trace",
+    "spread_ticks",
+    "time_window",
+    "uniform_trace",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A trace, sorted by arrival, the first at 0 s.
+    """A trace, sorted by arrival, the first at 0 s; all at 0 s where it holds lengths only.
 
     Attributes:
         dropped: rows left out because the request had no prompt or no answer (failed when it was recorded).
         block_tokens: tokens in one prefix block; None when the trace has none.
         tick_s: the clock tick that arrivals were rounded to; None when they are fine.
+        guessed: requests whose answer the recording gateway refused or lost: demand all the same, with an answer
+            as long as another one's of their tier.
     """
 
     name: str
@@ -61,6 +53,7 @@ class Trace:
     dropped: int = 0
     block_tokens: int | None = None
     tick_s: float | None = None
+    guessed: int = 0
 
     @property
     def duration_s(self) -> float:
@@ -70,107 +63,6 @@ class Trace:
     def rate_rps(self) -> float:
         return len(self.requests) / self.duration_s if self.duration_s else 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """One line with what an error message needs."""
-
-    path: str
-    number: int
-    fields: Mapping[str, object]
-
-    def _number(self, field: str) -> float:
-        value = self.fields.get(field)
-        if value is None or value == "":
-            raise TraceError(f"{self.path}, line {self.number}: {field} is missing")
-        try:
-            number = float(str(value))
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise TraceError(f"{self.path}, line {self.number}: {field} must be a number, not {value!r}")
-        return number
-
-    def seconds(self, field: str, scale: float = 1.0) -> float:
-        return self._number(field) * scale
-
-    def tokens(self, field: str) -> int:
-        number = self._number(field)
-        if number < 0 or number != int(number):
-            raise TraceError(f"{self.path}, line {self.number}: {field} must be a count of tokens, not {number:g}")
-        return int(number)
-
-    def instant_s(self, field: str) -> float:
-        value = str(self.fields.get(field) or "")
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            raise TraceError(
-                f"{self.path}, line {self.number}: {field} must be a date and time, not {value!r}"
-            ) from None
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-    def blocks(self, field: str) -> tuple[int, ...]:
-        value = self.fields.get(field)
-        if value is None or value == "":
-            return ()
-        try:
-            items = value.split() if isinstance(value, str) else value
-            return tuple(int(item) for item in items)  # type: ignore[attr-defined]  # TypeError is the answer
-        except (TypeError, ValueError):
-            raise TraceError(f"{self.path}, line {self.number}: {field} must be a list of block ids") from None
-
-
-def _ours(line: _Line) -> TraceRequest:
-    client = line.fields.get("client")
-    return TraceRequest(
-        line.seconds("arrival_s"),
-        line.tokens("prompt_tokens"),
-        line.tokens("output_tokens"),
-        str(client) if client not in {None, ""} else None,
-        line.blocks("prefix_blocks"),
-    )
-
-
-def _azure(line: _Line) -> TraceRequest:
-    return TraceRequest(line.instant_s("TIMESTAMP"), line.tokens("ContextTokens"), line.tokens("GeneratedTokens"))
-
-
-def _burstgpt(line: _Line) -> TraceRequest:
-    session = line.fields.get("Session ID")
-    return TraceRequest(
-        line.seconds("Timestamp"),
-        line.tokens("Request tokens"),
-        line.tokens("Response tokens"),
-        str(session) if session not in {None, ""} else None,
-    )
-
-
-def _mooncake(line: _Line) -> TraceRequest:
-    return TraceRequest(
-        line.seconds("timestamp", 1e-3),
-        line.tokens("input_length"),
-        line.tokens("output_length"),
-        prefix_blocks=line.blocks("hash_ids"),
-    )
-
-
-def _bailian(line: _Line) -> TraceRequest:
-    return TraceRequest(
-        line.seconds("timestamp"),
-        line.tokens("input_length"),
-        line.tokens("output_length"),
-        str(line.fields["chat_id"]),
-        line.blocks("hash_ids"),
-    )
-
-
-_Reader = Callable[[_Line], TraceRequest]
-_CSV_FORMATS: tuple[tuple[frozenset[str], _Reader, int | None], ...] = (
-    (frozenset({"arrival_s", "prompt_tokens", "output_tokens"}), _ours, 512),
-    (frozenset({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}), _azure, None),
-    (frozenset({"Timestamp", "Request tokens", "Response tokens"}), _burstgpt, None),
-)
 
 _SHIPPED = ".csv.gz"
 
@@ -243,58 +135,48 @@ def uniform_trace(name: str) -> Trace:
 
 
 def _read(file: IO[str], path: str, name: str, limit: int | None) -> Trace:
-    first = file.readline()
-    file.seek(0)
-    lines: Iterator[_Line]
-    reader: _Reader
-    block_tokens: int | None
-    if first.lstrip("\ufeff \t").startswith("{"):
-        lines = _json_lines(file, path)
-        is_bailian = '"chat_id"' in first
-        reader, block_tokens = (_bailian, 16) if is_bailian else (_mooncake, 512)
-    else:
-        rows = csv.DictReader(file)
-        columns = {column.strip("\ufeff ") for column in rows.fieldnames or ()}
-        for needed, csv_reader, csv_blocks in _CSV_FORMATS:
-            if needed <= columns:
-                reader, block_tokens = csv_reader, csv_blocks
-                break
-        else:
-            raise TraceError(
-                f"{path}, line 1: unknown trace format with columns {sorted(columns)}: expected "
-                "arrival_s,prompt_tokens,output_tokens, an Azure or BurstGPT header, or JSON lines"
-            )
-        lines = (_Line(path, rows.line_num, {str(k).strip("\ufeff "): v for k, v in row.items()}) for row in rows)
+    form, lines = detect(file, path)
     requests: list[TraceRequest] = []
-    dropped = 0
+    unanswered: list[Row] = []
+    dropped = kept = 0
     for line in lines:
-        if limit is not None and len(requests) >= limit:
+        if limit is not None and kept >= limit:
             break
-        request = reader(line)
-        if request.prompt_tokens and request.output_tokens:
-            requests.append(request)
-        else:
+        row = form.read(line)
+        if not row.request.prompt_tokens or (row.answered and not row.request.output_tokens):
             dropped += 1
-    if not requests:
-        raise TraceError(f"{path}: no usable request in it ({dropped} had no prompt or no answer)")
-    has_blocks = any(request.prefix_blocks for request in requests)
-    return _normalised(name, requests, dropped, block_tokens if has_blocks else None)
-
-
-def _json_lines(file: IO[str], path: str) -> Iterator[_Line]:
-    for number, text in enumerate(file, start=1):
-        if not text.strip():
             continue
-        try:
-            fields = orjson.loads(text)
-        except orjson.JSONDecodeError as error:
-            raise TraceError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise TraceError(f"{path}, line {number}: must be a JSON object")
-        yield _Line(path, number, fields)
+        kept += 1
+        if row.answered:
+            requests.extend([row.request] * row.sequences)
+        else:
+            unanswered.append(row)
+    if not requests:
+        lost = dropped + len(unanswered)
+        raise TraceError(f"{path}: no usable request in it ({lost} had no prompt or no answer)")
+    guessed = _with_lengths(unanswered, requests, name)
+    requests += guessed
+    has_blocks = any(request.prefix_blocks for request in requests)
+    return _normalised(name, requests, dropped, form.block_tokens if has_blocks else None, len(guessed))
 
 
-def _normalised(name: str, requests: list[TraceRequest], dropped: int, block_tokens: int | None) -> Trace:
+def _with_lengths(rows: Sequence[Row], answered: Sequence[TraceRequest], name: str) -> list[TraceRequest]:
+    """Give requests without an answer the length of one in their tier, drawn by the trace's name."""
+    by_tier: dict[str | None, list[int]] = {}
+    for request in answered:
+        by_tier.setdefault(request.tier, []).append(request.output_tokens)
+    every = [request.output_tokens for request in answered]
+    rng = random.Random(name)
+    return [
+        replace(row.request, output_tokens=rng.choice(by_tier.get(row.request.tier, every)))
+        for row in rows
+        for _ in range(row.sequences)
+    ]
+
+
+def _normalised(
+    name: str, requests: list[TraceRequest], dropped: int, block_tokens: int | None, guessed: int
+) -> Trace:
     requests.sort(key=lambda request: request.arrival_s)
     start_s = requests[0].arrival_s
     # Recorded clocks have microseconds at best; rounding removes the noise of the subtraction.
@@ -302,7 +184,7 @@ def _normalised(name: str, requests: list[TraceRequest], dropped: int, block_tok
         request if not start_s else replace(request, arrival_s=round(request.arrival_s - start_s, 6))
         for request in requests
     )
-    return Trace(name, shifted, dropped, block_tokens, _tick_s(shifted))
+    return Trace(name, shifted, dropped, block_tokens, _tick_s(shifted), guessed)
 
 
 def _tick_s(requests: Sequence[TraceRequest]) -> float | None:

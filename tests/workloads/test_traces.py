@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from workloads.traces import (
     TraceRequest,
     limit_lengths,
     load_trace,
+    named_trace,
     scale_rate,
+    shipped,
     shipped_trace,
     spread_ticks,
     time_window,
@@ -31,6 +34,8 @@ def write(folder: Path, text: str, name: str = "t.csv") -> Path:
 
 
 FORMATS = {
+    "ours, blocks as ranges": "arrival_s,prompt_tokens,output_tokens,client,prefix_blocks\n"
+    "5.0,10,2,a,0-1\n6.5,20,3,,\n",
     "ours": "arrival_s,prompt_tokens,output_tokens,client,prefix_blocks\n5.0,10,2,a,0 1\n6.5,20,3,,\n",
     "azure 2023": "TIMESTAMP,ContextTokens,GeneratedTokens\n"
     "2023-11-16 18:17:03.9799600,10,2\n2023-11-16 18:17:05.4799600,20,3\n",
@@ -57,12 +62,13 @@ def test_native_formats_read_the_same(tmp_path: Path, name: str, suffix: str) ->
         (0.0, 10, 2),
         (1.5, 20, 3),
     ]
-    if name in {"ours", "mooncake", "bailian"}:
+    kind = name.partition(",")[0]
+    if kind in {"ours", "mooncake", "bailian"}:
         assert trace.requests[0].prefix_blocks == (0, 1)
-        assert trace.block_tokens == (16 if name == "bailian" else 512)
+        assert trace.block_tokens == (16 if kind == "bailian" else 512)
     else:
         assert trace.block_tokens is None
-    assert trace.requests[0].client == {"ours": "a", "burstgpt with sessions": "s1", "bailian": "7"}.get(name)
+    assert trace.requests[0].client == {"ours": "a", "burstgpt with sessions": "s1", "bailian": "7"}.get(kind)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,12 @@ def test_native_formats_read_the_same(tmp_path: Path, name: str, suffix: str) ->
             "TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,1,1\n",
             "line 2: TIMESTAMP must be a date",
         ),
-        ('{"timestamp": 1, "input_length": 1}\n', "line 1: output_length is missing"),
+        ('{"timestamp": 1, "input_length": 1}\n', "line 1: unknown trace format with fields"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": null}\n', "line 1: output_length is missing"),
+        ('{"timestamp": 1, "input_length": true, "output_length": 1}\n', "line 1: input_length must be a number"),
+        ("prompt_tokens,output_tokens,prefix_blocks\n1,1,0-x\n", "line 2: prefix_blocks must be a list"),
+        ("prompt_tokens,output_tokens,prefix_blocks\n1,1,0-999999999\n", "line 2: prefix_blocks must be a list"),
+        ('{"a": 1}\n', "line 1: unknown trace format with fields"),
         (
             '{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": 3}\n',
             "line 1: hash_ids must be",
@@ -129,6 +140,60 @@ def test_shipped_traces_are_whole(name: str, rows: int, prompt_tokens: int) -> N
     assert trace.requests[0].prompt_tokens == prompt_tokens
     assert trace.tick_s is None
     assert 3400 < trace.duration_s < 3600
+
+
+def test_every_shipped_trace_reads_whole() -> None:
+    """Rows, and whether it has prefix blocks and arrivals."""
+    traces = [shipped_trace(name) for name in shipped()]
+    assert {trace.name.removesuffix(".csv.gz"): len(trace.requests) for trace in traces} == {
+        "arxiv_summarization": 28_257,
+        "azure2023_code": 8_819,
+        "azure2023_conv": 19_366,
+        "mooncake_conversation": 12_031,
+        "servegen_deepseekr1": 20_000,
+        "sharegpt_llama31_8b": 300,
+    }
+    assert all(trace.dropped == trace.guessed == 0 for trace in traces)
+    assert [trace.name.split("_")[0] for trace in traces if trace.block_tokens == 512] == ["mooncake"]
+    assert [trace.name.split("_")[0] for trace in traces if not trace.duration_s] == ["arxiv"]
+    assert [trace.name.split("_")[0] for trace in traces if trace.tick_s == 3.0] == ["mooncake"]
+
+
+def test_mooncake_keeps_its_shared_prefixes() -> None:
+    """Every prompt has a block for each 512 tokens of it, the last one begun; many are shared."""
+    trace = shipped_trace("mooncake_conversation")
+    assert all(len(item.prefix_blocks) == -(-item.prompt_tokens // 512) for item in trace.requests)
+    blocks = [block for item in trace.requests for block in item.prefix_blocks]
+    assert (len(blocks), len(set(blocks))) == (288_500, 182_790)
+
+
+def test_a_trace_is_found_by_any_name(tmp_path: Path) -> None:
+    assert named_trace("sharegpt_llama31_8b") == shipped_trace("sharegpt_llama31_8b")
+    path = write(tmp_path, FORMATS["ours"])
+    assert named_trace(str(path)) == load_trace(path)
+    for name in ("nope", str(tmp_path)):
+        with pytest.raises(TraceError, match=r"it is a file, uniform:.*azure2023_code"):
+            named_trace(name)
+
+
+def test_uniform_lengths_stay_in_their_bounds() -> None:
+    trace = named_trace("uniform:64-4096/16-1024")
+    prompts = [item.prompt_tokens for item in trace.requests]
+    outputs = [item.output_tokens for item in trace.requests]
+    for tokens, low, high in ((prompts, 64, 4096), (outputs, 16, 1024)):
+        assert low <= min(tokens) < 1.1 * low
+        assert 0.99 * high < max(tokens) <= high
+        assert statistics.mean(tokens) == pytest.approx((low + high) / 2, rel=0.03)
+    assert trace == named_trace("uniform:64-4096/16-1024")
+    assert trace.duration_s == 0.0
+
+
+@pytest.mark.parametrize(
+    "name", ["uniform:", "uniform:1-2", "uniform:5-2/1-2", "uniform:0-2/1-2", "uniform:1-2/1-x"]
+)
+def test_a_uniform_trace_with_bad_bounds_is_refused(name: str) -> None:
+    with pytest.raises(TraceError, match="must read uniform:LOW-HIGH/LOW-HIGH"):
+        named_trace(name)
 
 
 def test_an_unknown_shipped_trace_is_named() -> None:
