@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tiergate_engine.model import EngineConfig, EngineModel, SequenceSpec, SequenceTooLong
-from tiergate_engine.step import StepTime
+from tiergate_engine.model import EngineConfig, EngineModel, PlannedStep, SequenceSpec, SequenceTooLong
+from tiergate_engine.step import Step, StepTime
 
 _Floats = npt.NDArray[np.float64]
 _COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "first_token_s", "last_token_s")
@@ -49,18 +50,21 @@ class LoggedRequest:
 class EngineLog:
     """A recorded run, by arrival, and the settings of the engine that made it.
 
-    `profile` names the latency profile of its hardware and model. `config` has no host time.
+    `profile` names the latency profile of its hardware and model; None: there is none, and a step time has to be
+    fitted from the log (`simulator.fit_log`). `config` has no host time. `engines` of these settings served the
+    log, step by step together (data parallel ranks of one model).
     """
 
     name: str
     hardware: str
     model: str
     engine: str
-    profile: str
+    profile: str | None
     origin: str
     licence: str
     config: EngineConfig
     requests: tuple[LoggedRequest, ...]
+    engines: int = 1
 
 
 class _Config(BaseModel):
@@ -84,11 +88,12 @@ class _LogFile(BaseModel):
     hardware: str
     model: str
     engine: str
-    profile: str
+    profile: str | None = None
     origin: str
     licence: str
     notes: str = ""
     requests: str  # a CSV (gzip) beside this file
+    engines: int = Field(default=1, ge=1)
     config: _Config
 
 
@@ -126,6 +131,7 @@ def load_log(name_or_path: str) -> EngineLog:
         licence=head.licence,
         config=EngineConfig(**head.config.model_dump()),
         requests=_parse_requests(text, head.requests),
+        engines=head.engines,
     )
 
 
@@ -151,14 +157,34 @@ class Replayed:
 
     ttft_s: tuple[float, ...]
     tpot_s: tuple[float, ...]
+    answer_s: tuple[float, ...]  # from the first to the last token
     steps: int
     preemptions: int
     makespan_s: float
 
 
-def replay(requests: Sequence[LoggedRequest], config: EngineConfig, step_time: StepTime) -> Replayed:
-    """Serve the requests on one modelled engine and a virtual clock. Raises ReplayError when one cannot fit."""
-    engine = EngineModel(config, step_time)
+@dataclass(frozen=True, slots=True)
+class CommonStep:
+    """One step of all engines of a log together: what it held, and when it ended."""
+
+    step: Step
+    ends_s: float
+
+
+def replay(
+    requests: Sequence[LoggedRequest],
+    config: EngineConfig,
+    step_time: StepTime,
+    engines: int = 1,
+    on_step: Callable[[CommonStep], None] | None = None,
+) -> Replayed:
+    """Serve the requests on modelled engines and a virtual clock. Raises ReplayError when one cannot fit.
+
+    Several engines are data parallel ranks: they step together, since their experts wait for each other's tokens,
+    and a common step takes as long as one that holds what they hold together. A request goes to the engine
+    with the least 4 x waiting + running (vLLM, `DPLBAsyncMPClient`; there the counts may be 100 ms old).
+    """
+    ranks = [EngineModel(config, step_time) for _ in range(engines)]
     pending = deque(enumerate(requests))
     first_s = [0.0] * len(requests)
     last_s = [0.0] * len(requests)
@@ -169,19 +195,22 @@ def replay(requests: Sequence[LoggedRequest], config: EngineConfig, step_time: S
             index, request = pending.popleft()
             spec = SequenceSpec(str(index), request.prompt_tokens, request.output_tokens)
             try:
-                engine.submit(spec, request.arrival_s)
+                min(ranks, key=lambda rank: 4 * rank.waiting + rank.running).submit(spec, request.arrival_s)
             except SequenceTooLong as error:
                 raise ReplayError(f"request {index + 1} of the log: {error}") from error
 
-    while pending or not engine.idle:
+    while pending or not all(rank.idle for rank in ranks):
         submit_until(now_s)
-        planned = engine.next_step(now_s)
-        if planned is None:
+        planned = [(rank, plan) for rank in ranks if (plan := rank.next_step(now_s)) is not None]
+        if not planned:
             now_s = pending[0][1].arrival_s
             continue
-        submit_until(planned.ends_s)
-        now_s = planned.ends_s
-        for token in engine.finish_step_milestones(now_s):
+        ends_s = _common_end_s([plan for _, plan in planned], step_time)
+        submit_until(ends_s)
+        now_s = ends_s
+        if on_step is not None:
+            on_step(CommonStep(sum((plan.step for _, plan in planned), Step()), ends_s))
+        for token in chain.from_iterable(rank.finish_step_milestones(now_s) for rank, _ in planned):
             index = int(token.sequence_id)
             if token.index == 0:
                 first_s[index] = now_s
@@ -193,10 +222,19 @@ def replay(requests: Sequence[LoggedRequest], config: EngineConfig, step_time: S
             (last - first) / (request.output_tokens - 1)
             for first, last, request in zip(first_s, last_s, requests, strict=True)
         ),
-        steps=engine.steps,
-        preemptions=engine.preemptions,
+        answer_s=tuple(last - first for first, last in zip(first_s, last_s, strict=True)),
+        steps=max(rank.steps for rank in ranks),
+        preemptions=sum(rank.preemptions for rank in ranks),
         makespan_s=now_s,
     )
+
+
+def _common_end_s(plans: Sequence[PlannedStep], step_time: StepTime) -> float:
+    """When a step of several engines ends; host time runs beside each other's."""
+    if len(plans) == 1:
+        return plans[0].ends_s
+    host_s = max(plan.duration_s - step_time.seconds(plan.step) for plan in plans)
+    return plans[0].started_s + step_time.seconds(sum((plan.step for plan in plans), Step())) + host_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +307,8 @@ def fit_host_time(log: EngineLog, step_time: StepTime, kind: HostTime, part: sli
         return replace(log.config, host_seq_s=host_s)
 
     def error(host_s: float) -> float:
-        return compare(log, replay(log.requests, configured(host_s), step_time), part).tpot_request_error
+        replayed = replay(log.requests, configured(host_s), step_time, log.engines)
+        return compare(log, replayed, part).tpot_request_error
 
     coarse = [most_s * i / 20 for i in range(21)]
     best = min(coarse, key=error)

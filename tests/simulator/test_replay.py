@@ -31,9 +31,12 @@ from tiergate_engine.steptime import RooflineStepTime
 FITTED, JUDGED = slice(0, 150), slice(150, 300)
 RTX_PRO = "vllm-rtxpro6000-llama-3.1-8b"
 RTX_4090 = "vllm-rtx4090-llama-3.1-8b"
+QWEN_32B = "vllm-rtxpro6000x2-qwen3-32b"
+QWEN_A3B = "vllm-rtxpro6000x2-qwen3-30b-a3b"
 
 
 def kernels(log: EngineLog) -> StepTime:
+    assert log.profile is not None
     return kernel_time(load(log.profile))
 
 
@@ -195,12 +198,13 @@ def test_a_request_that_fits_no_engine_is_named(tmp_path: Path) -> None:
 
 
 def test_shipped_logs_name_shipped_profiles() -> None:
-    assert set(shipped_logs()) == {RTX_PRO, RTX_4090}
+    assert set(shipped_logs()) == {RTX_PRO, RTX_4090, QWEN_32B, QWEN_A3B}
     for name in shipped_logs():
         log = load_log(name)
         assert log.name == name
         assert log.licence == "MIT"
-        assert load(log.profile).model == log.model
+        assert (log.profile is None) == (name in (QWEN_32B, QWEN_A3B))
+        assert log.profile is None or load(log.profile).model == log.model
 
 
 def test_the_command_prints_both_halves(capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +213,8 @@ def test_the_command_prints_both_halves(capsys: pytest.CaptureFixture[str]) -> N
     assert "fitted on, requests 1-150" in out
     assert "judged on, requests 151-300" in out
     assert "ms a step" in out
-    assert out.count("TTFT mean") == 2
+    assert "all, requests 1-300" in out
+    assert out.count("TTFT mean") == 3
 
 
 @pytest.mark.parametrize(
@@ -219,6 +224,8 @@ def test_the_command_prints_both_halves(capsys: pytest.CaptureFixture[str]) -> N
         (["--profile", "no-such-profile"], 1, "no-such-profile"),
         (["--fit-requests", "300"], 2, "between 1 and 299"),
         (["--fit-requests", "0"], 2, "between 1 and 299"),
+        ([QWEN_32B], 2, "--fit-profile"),
+        (["--fit-profile", "--profile", "rtxpro6000-llama-3.1-8b-bf16"], 2, "exclude each other"),
     ],
 )
 def test_the_command_says_what_is_wrong(
