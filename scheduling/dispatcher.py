@@ -324,9 +324,8 @@ class Dispatcher:
             out.extend(self._elastic.tails())
         if now_s >= self._next_round_s:
             self._next_round_s = now_s + self.options.rebalance_period_s
-            claim = self._elastic.rebalance()
-            if claim is not None:
-                out.append(claim)
+            out.extend(self._elastic.deal(now_s))
+            out.extend(self._elastic.rebalance())
 
     def _look_again(self, now_s: float, out: list[ev.Action]) -> None:
         """Look over the fleet for the first of every queue."""
@@ -373,6 +372,10 @@ class Dispatcher:
                     break
                 failed.add(kind_of(ticket))
 
+    def _deal(self, now_s: float, out: list[ev.Action]) -> None:
+        if self.policy.uses_tiers and not self.policy.uses_pool:
+            out.extend(self._elastic.deal(now_s))
+
     def _handed_back(self, event: ev.HandedBack, now_s: float, out: list[ev.Action]) -> None:
         self._elastic.settle(event.backend, None, event.epoch, now_s)
         self._offer(self.fleet.get(event.backend), now_s, out)
@@ -388,6 +391,7 @@ class Dispatcher:
             self._next_handback_s = now_s + self.options.handback_period_s
             self._next_round_s = now_s + self.options.rebalance_period_s
         self._offer(self.fleet.put(backend, now_s), now_s, out)
+        self._deal(now_s, out)
 
     def _backend_removed(self, event: ev.BackendRemoved, now_s: float, out: list[ev.Action]) -> None:
         self.fleet.remove(event.name, now_s)
@@ -397,6 +401,7 @@ class Dispatcher:
     def _membership_changed(self, event: ev.MembershipChanged, now_s: float, out: list[ev.Action]) -> None:
         self.fleet.set_membership(event.backend, event.tier, event.epoch, now_s)
         self._offer(self.fleet.get(event.backend), now_s, out)
+        self._deal(now_s, out)
 
     def _tiers_changed(self, event: ev.TiersChanged, now_s: float, out: list[ev.Action]) -> None:
         """Promises already given stand; requests of a tier that is gone go on as the default tier's."""
@@ -410,6 +415,7 @@ class Dispatcher:
             if again:
                 self._ladder.place_or_hold(ticket, now_s, out)
         self._offer_all(now_s, out)
+        self._deal(now_s, out)
 
     def _lengths_changed(self, event: ev.LengthsChanged, now_s: float, out: list[ev.Action]) -> None:
         self._lengths[event.model, event.tier] = event.lengths

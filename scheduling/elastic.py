@@ -1,20 +1,22 @@
 """Which tier a backend works for: taken from the pool, relabelled, handed back.
 
-PolyServe §4.3: a tier that begins to hold takes a backend; a tail that stays empty is returned. Fleets without a
-pool follow demand instead (`scheduling.shares`), and a tier in demand that has no backend takes one from the
-largest holder; only newcomers obey a new label, residents drain under their own promises.
+PolyServe §4.3: a tier that begins to hold takes a backend; a tail that stays empty is returned. Fleets without
+a pool follow demand instead (`scheduling.shares`), and a tier in demand that has no backend takes one from the
+largest holder; only newcomers obey a new label, residents drain under their own promises. A policy that uses no
+pool gets every backend dealt to some tier as it comes, evenly, and then the same shares by demand.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from itertools import chain
 
 from scheduling import events as ev
 from scheduling.feasible import judge
 from scheduling.fleet import Fleet, is_open
 from scheduling.ledger import Ledger
-from scheduling.shares import Shares
+from scheduling.shares import Move, Shares
 from scheduling.tickets import Ticket
 from scheduling.tiers import Tier
 
@@ -34,9 +36,13 @@ class _Demand:
 class Elastic:
     """Proposes claims and hand-backs; the store decides, `settle` takes the answer."""
 
-    def __init__(self, fleet: Fleet, handback_checks: int) -> None:
+    def __init__(
+        self, fleet: Fleet, handback_checks: int, uses_pool: bool = True, moves_per_round: int = 1
+    ) -> None:
         self._fleet = fleet
         self._handback_checks = handback_checks
+        self._uses_pool = uses_pool
+        self._moves_per_round = moves_per_round
         self._shares = Shares()
         self._demand: dict[str, _Demand] = {}  # of the round, by tier
 
@@ -47,7 +53,8 @@ class Elastic:
         fleet, tier = self._fleet, ticket.tier
         if any(ledger.claiming_for == tier.name for ledger in fleet):
             return None
-        for ledger in chain(fleet.pool(), fleet.empty_beside(tier.name)):
+        free = chain(fleet.pool(), fleet.empty_beside(tier.name)) if self._uses_pool else ()
+        for ledger in free:
             if not is_open(ledger) or now_s < ledger.blocked_until_s or ledger.backend.name in ticket.excluded:
                 continue
             if not ledger.backend.serves(ticket.request.model):
@@ -73,6 +80,8 @@ class Elastic:
     def tails(self) -> list[ev.HandBack]:
         """What has been empty at several looks in a row: the gradient empties the tail first."""
         back: list[ev.HandBack] = []
+        if not self._uses_pool:
+            return back
         for ledger in self._fleet:
             if ledger.tier is None or ledger.backend.pinned or ledger.claiming_for is not None:
                 continue
@@ -116,23 +125,49 @@ class Elastic:
             return demand.seqs * prefill_s + demand.output_tokens * step_s / batch
         return 0.0
 
-    def rebalance(self) -> ev.Claim | None:
-        """End a round of demand; without a pool, the one relabelling that is due."""
+    def deal(self, now_s: float) -> list[ev.Claim]:
+        """A tier for every backend that has none, where the policy uses no pool: the one with the fewest."""
+        if self._uses_pool:
+            return []
+        tiers = self._fleet.tiers.tiers
+        dealt: list[ev.Claim] = []
+        for ledger in self._fleet.pool():
+            if now_s < ledger.blocked_until_s:
+                continue
+            held = Counter(other.claiming_for or other.tier for other in self._fleet)
+            tier = min(tiers, key=lambda tier: (held[tier.name], tier.rank))
+            dealt.append(_claim(ledger, tier, f"{ledger.backend.name} has no tier; {tier.name} has the fewest"))
+        return dealt
+
+    def rebalance(self) -> list[ev.Claim]:
+        """End a round of demand; without a pool, the relabelling that is due."""
         fleet = self._fleet
         for name, demand in self._demand.items():
             self._shares.add(name, self._reckon(demand))
         self._demand.clear()
         if fleet.pool():
             self._shares.close_round({}, ())
-            return None
+            return []
         order = [tier.name for tier in fleet.tiers.tiers]
-        move = self._shares.close_round({name: fleet.tier_size(name) for name in order}, order)
-        if move is None:
-            return None
-        for ledger in reversed(fleet.in_tier(move.giver)):
+        held = {name: fleet.tier_size(name) for name in order}
+        claims: list[ev.Claim] = []
+        move = self._shares.close_round(held, order)
+        while move is not None and len(claims) < self._moves_per_round:
+            claim = self._relabel(move)
+            if claim is None:
+                break
+            claims.append(claim)
+            held[move.giver] -= 1
+            held[move.taker] += 1
+            move = self._shares.next_move(held, order)
+        return claims
+
+    def _relabel(self, move: Move) -> ev.Claim | None:
+        """The emptiest backend of the giver that may leave it."""
+        for ledger in reversed(self._fleet.in_tier(move.giver)):
             if is_open(ledger) and not ledger.backend.pinned and ledger.claiming_for is None:
                 reason = f"demand moved from {move.giver} to {move.taker}"
-                return _claim(ledger, fleet.tiers[move.taker], reason)
+                return _claim(ledger, self._fleet.tiers[move.taker], reason)
         return None
 
 

@@ -31,7 +31,7 @@ class Ladder:
         self._desk = desk
         self._policy = policy
         self._options = options
-        self._elastic = Elastic(fleet, options.handback_checks)
+        self._elastic = Elastic(fleet, options.handback_checks, policy.uses_pool, options.moves_per_round)
 
     @property
     def elastic(self) -> Elastic:
@@ -159,7 +159,7 @@ class Ladder:
         return True
 
     def _stage_on(self, ticket: Ticket, ledger: Ledger, now_s: float) -> Stage | None:
-        if ticket.relegated and self._policy.uses_tiers:
+        if ticket.relegated and self._policy.admission is Admission.EVERY_PROMISE:
             if ledger.tier is None:
                 return None
             return Stage(Outcome.RELEGATED, (ledger,), self._fleet.host_tpot_s(ledger, now_s))

@@ -13,6 +13,7 @@ class Options:
         handback_period_s: how often tails are looked at; a backend found empty in `handback_checks` of them in
             a row goes back to the pool (PolyServe §4.3; the period is not in the paper).
         rebalance_period_s: length of a round in which demand is measured for a fleet without a pool.
+        moves_per_round: backends relabelled at most at the end of a round.
         demand_window_s: how long a tier counts as in demand after a request.
         max_attempts: backends tried for one request before its first byte.
         max_store_refusals: times a decision is made again after the store said no, before the request is held.
@@ -24,6 +25,7 @@ class Options:
     handback_period_s: float = 10.0
     handback_checks: int = 2
     rebalance_period_s: float = 10.0
+    moves_per_round: int = 1
     demand_window_s: float = 30.0
     max_attempts: int = 3
     max_store_refusals: int = 2

@@ -73,7 +73,7 @@ def look(
                     continue
                 judged = judge(ledger, ask, host_s, now_s)
             else:
-                judged = _judge_own(ledger, ask, now_s)
+                judged = _judge_own(ledger, ask, host_s, now_s)
             seen.append((ledger, judged.verdict, judged))
             if judged.verdict is feasible:
                 return _found(seen, Choice(ledger, stage.outcome, host_s, judged))
@@ -108,8 +108,8 @@ def _at_a_glance(ledger: Ledger, ask: Ask, pace_s: float, prompt_tokens: int, no
     return None
 
 
-def _judge_own(ledger: Ledger, ask: Ask, now_s: float) -> Judgement:
-    """For a router without tiers: hard caps, memory as it is, and the newcomer's own first token."""
+def _judge_own(ledger: Ledger, ask: Ask, host_s: float, now_s: float) -> Judgement:
+    """For a router that promises the first token only: hard caps, memory as it is, and the newcomer's own TTFT."""
     hard = fits_hard_limits(ledger, ask)
     if hard is not None:
         return Judgement(hard)
@@ -119,7 +119,8 @@ def _judge_own(ledger: Ledger, ask: Ask, now_s: float) -> Judgement:
     capacity = ledger.backend.limits.kv_tokens
     if capacity is not None and ledger.seqs and peak > capacity:
         return Judgement(Verdict.MEMORY, None, steady_s, peak)
-    prefill = walk_prefill(ledger, request, now_s, math.inf)
+    driven_s = min(ledger.binding_tpot_s(host_s), ask.own_tpot_s, ledger.tightest_tpot_s)
+    prefill = walk_prefill(ledger, request, now_s, driven_s)
     ttft_s = now_s - request.arrival_s + prefill.service_s
     late = ledger.backend.calibrated and now_s + prefill.service_s * ledger.backend.margin > ask.ttft_due_s
     if late:

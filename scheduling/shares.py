@@ -64,7 +64,12 @@ class Shares:
         target = split(self._mean, sum(held.values()))
         settled = target == self._last_target
         self._last_target = target
-        if not settled or not target:
+        return self.next_move(held, order) if settled else None
+
+    def next_move(self, held: Mapping[str, int], order: Sequence[str]) -> Move | None:
+        """The move that brings `held` nearer to the last target; None when it is met, or there is none."""
+        target = self._last_target
+        if not target:
             return None
         surplus = [tier for tier in order if held.get(tier, 0) > target.get(tier, 0)]
         missing = [tier for tier in order if held.get(tier, 0) < target.get(tier, 0)]

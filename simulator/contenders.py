@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from scheduling.options import Options
 from scheduling.policies import make
 from simulator.scenario import Contender, Form, Knob
 from simulator.setup import Setup
@@ -74,6 +75,9 @@ _LENGTHS = KnobInfo(
 _MARGIN = KnobInfo("margin", 1.0, "factor on predicted times", least=1.0)
 _COMMON = (_LENGTHS, _MARGIN)
 _CHUNK = KnobInfo("chunk_tokens", 0, "static token budget of a step; 0: the engine's own default")
+_PERIOD = KnobInfo("rebalance_period_s", 2.0, "length of a round in which demand is measured", least=0.1)
+_MOVES = KnobInfo("moves_per_round", 64, "backends relabelled at most at the end of a round", least=1)
+_DRIVEN = KnobInfo("driven", True, "engines size chunks so that a step keeps its pace (PolyServe §4.7)")
 
 
 def _common(values: Values, setup: Setup) -> Setup:
@@ -97,12 +101,23 @@ def _polyserve(form: Form) -> Callable[[Values], Setup]:
     return build
 
 
+def _silo(values: Values) -> Setup:
+    options = Options(
+        rebalance_period_s=float(values["rebalance_period_s"]), moves_per_round=int(values["moves_per_round"])
+    )
+    chunk = int(values["chunk_tokens"]) or None
+    setup = Setup(lambda rng: make("qoserve_silo", rng), driven=bool(values["driven"]), chunk_tokens=chunk)
+    return _common(values, replace(setup, options=options))
+
+
 def _entries() -> dict[str, _Entry]:
     routers = {
         "random": "a backend by chance (PolyServe §5)",
         "minimal": "the backend with the shortest predicted step (PolyServe §5)",
         "least_load": "the backend with the fewest sequences",
         "round_robin": "the next backend in turn",
+        "lmetric": "the least pending prompt tokens times batch size (LMetric)",
+        "headroom": "the fullest backend whose predictions keep the pace (llm-d)",
     }
     entries = {
         "polyserve_co": _Entry("PolyServe, co-located", _COMMON, _polyserve(Form.COLOCATED)),
@@ -114,6 +129,16 @@ def _entries() -> dict[str, _Entry]:
             entries[f"{name}_pd"] = _Entry(
                 f"{about}, disaggregated", (_CHUNK, *_COMMON), _router(name, Form.DISAGGREGATED)
             )
+    entries["co_chunk"] = _Entry(
+        "the shortest predicted step, on engines with a static token budget that is swept (PolyServe §5)",
+        (replace(_CHUNK, default=512, about="static token budget of a step", least=1), *_COMMON),
+        _router("minimal"),
+    )
+    entries["qoserve_silo"] = _Entry(
+        "a silo of backends per tier, sized by demand, least loaded within (QoServe's baseline)",
+        (_DRIVEN, _CHUNK, _PERIOD, _MOVES, *_COMMON),
+        _silo,
+    )
     return entries
 
 

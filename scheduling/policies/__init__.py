@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping
 from random import Random
 from types import MappingProxyType
 
+from scheduling.policies.headroom import Headroom
 from scheduling.policies.least_load import LeastLoad
+from scheduling.policies.lmetric import LMetric
 from scheduling.policies.minimal import Minimal
 from scheduling.policies.polyserve import PolyServe
 from scheduling.policies.protocol import Admission, Policy, Stage
 from scheduling.policies.random_choice import RandomChoice
 from scheduling.policies.round_robin import RoundRobin
+from scheduling.policies.silo import Silo
 
 __all__ = ["POLICIES", "Admission", "Policy", "Stage", "make"]
 
@@ -25,6 +28,9 @@ POLICIES: Mapping[str, Callable[[Random], Policy]] = MappingProxyType(
         "random": RandomChoice,
         "least_load": lambda _rng: LeastLoad(),
         "minimal": lambda _rng: Minimal(),
+        "lmetric": lambda _rng: LMetric(),
+        "headroom": lambda _rng: Headroom(),
+        "qoserve_silo": lambda _rng: Silo(),
     }
 )
 

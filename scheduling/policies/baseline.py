@@ -20,13 +20,14 @@ class Baseline(ABC):
     name = "baseline"
     admission = Admission.OWN_FIRST_TOKEN
     uses_tiers = False
+    uses_pool = False
 
     @abstractmethod
-    def order(self, fleet: Fleet) -> Sequence[Ledger]:
-        """Every backend, in the order in which they are tried."""
+    def order(self, request: Request, fleet: Fleet, now_s: float) -> Sequence[Ledger]:
+        """Every backend, in the order in which they are tried for a request."""
 
     def stages(self, request: Request, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:
-        yield Stage(Outcome.ROUTED, self.order(fleet), math.inf)
+        yield Stage(Outcome.ROUTED, self.order(request, fleet, now_s), math.inf)
 
     def last_resort(self, request: Request, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:
         yield from self.stages(request, tier, fleet, now_s)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from scheduling.fleet import Fleet
 from scheduling.ledger import Ledger
 from scheduling.policies.baseline import Baseline
+from scheduling.requests import Request
 
 
 class LeastLoad(Baseline):
     name = "least_load"
 
-    def order(self, fleet: Fleet) -> Sequence[Ledger]:
+    def order(self, request: Request, fleet: Fleet, now_s: float) -> Sequence[Ledger]:
         return sorted(fleet, key=lambda ledger: (ledger.seqs, ledger.kv_tokens, ledger.backend.name))

@@ -22,9 +22,11 @@ from scheduling.tiers import Tier
 
 @dataclass(frozen=True, slots=True)
 class PolyServe:
-    """`nearest_first`: promote to the next tighter tier first; else to the tightest first."""
+    """`nearest_first`: promote to the next tighter tier first; else to the tightest first. `uses_pool`: tiers grow
+    and shrink with what they hold; else every backend is in a tier, and shares follow demand."""
 
     nearest_first: bool = True
+    uses_pool: bool = True
     name: str = "polyserve"
     admission: Admission = Admission.EVERY_PROMISE
     uses_tiers: bool = True

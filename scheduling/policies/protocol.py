@@ -44,6 +44,12 @@ class Policy(Protocol):
         """Whether backends belong to tiers (and are claimed from and handed back to the pool)."""
         ...
 
+    @property
+    def uses_pool(self) -> bool:
+        """Whether tiers take backends when they hold requests, and empty ones go back (PolyServe §4.3). Without,
+        every backend is in some tier, and how many each has follows demand."""
+        ...
+
     def stages(self, request: Request, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:
         """Where to look, best first. The dispatcher takes the first backend that passes."""
         ...

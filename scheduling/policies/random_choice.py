@@ -8,6 +8,7 @@ from random import Random
 from scheduling.fleet import Fleet
 from scheduling.ledger import Ledger
 from scheduling.policies.baseline import Baseline
+from scheduling.requests import Request
 
 
 class RandomChoice(Baseline):
@@ -16,7 +17,7 @@ class RandomChoice(Baseline):
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 
-    def order(self, fleet: Fleet) -> Sequence[Ledger]:
+    def order(self, request: Request, fleet: Fleet, now_s: float) -> Sequence[Ledger]:
         ledgers = sorted(fleet, key=lambda ledger: ledger.backend.name)
         self._rng.shuffle(ledgers)
         return ledgers

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from scheduling.fleet import Fleet
 from scheduling.ledger import Ledger
 from scheduling.policies.baseline import Baseline
+from scheduling.requests import Request
 
 
 class RoundRobin(Baseline):
@@ -15,7 +16,7 @@ class RoundRobin(Baseline):
     def __init__(self) -> None:
         self._turn = 0
 
-    def order(self, fleet: Fleet) -> Sequence[Ledger]:
+    def order(self, request: Request, fleet: Fleet, now_s: float) -> Sequence[Ledger]:
         ledgers = sorted(fleet, key=lambda ledger: ledger.backend.name)
         if not ledgers:
             return ledgers

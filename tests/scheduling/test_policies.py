@@ -156,9 +156,10 @@ def test_random_is_seeded_and_even() -> None:
 def test_every_policy_says_what_it_is(name: str) -> None:
     policy = make(name, Random(1))
     assert policy.name == name
-    tiered = name == "polyserve"
-    assert policy.uses_tiers is tiered
-    assert policy.admission is (Admission.EVERY_PROMISE if tiered else Admission.OWN_FIRST_TOKEN)
+    assert policy.uses_tiers is (name in ("polyserve", "qoserve_silo"))
+    assert policy.uses_pool is (name == "polyserve")
+    promises_all = name == "polyserve"
+    assert policy.admission is (Admission.EVERY_PROMISE if promises_all else Admission.OWN_FIRST_TOKEN)
     fleet = fleet_of(a="mid")
     stage = policy.stage_on(TIERS["mid"], fleet["a"], fleet, 0.0)
     assert isinstance(stage, Stage)
