@@ -431,3 +431,52 @@ class ScaledStepTime:
     def chunk_tokens(self, base: Step, within_s: float, context_tokens: int, limit_tokens: int) -> int:
         """The largest chunk behind `context_tokens` that keeps `base` plus it within a time; see `StepTime`."""
         return largest_chunk(self.seconds_of, base, within_s, context_tokens, limit_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftedStepTime:
+    """Another step time with more fixed time: every step that holds anything takes `extra_s` longer.
+
+    Raises:
+        ValueError: `extra_s` is negative (a step could then take no time) or not finite.
+    """
+
+    base: StepTime
+    extra_s: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.extra_s) and self.extra_s >= 0.0):
+            raise ValueError(f"extra_s is {self.extra_s!r}: it is a finite number of seconds >= 0")
+
+    def seconds(self, step: Step) -> float:
+        """Predicted duration of `step`; 0.0 for an empty one."""
+        return self.base.seconds(step) + self.extra_s if step.tokens else 0.0
+
+    def seconds_of(
+        self,
+        prefill_tokens: int,
+        prefill_seqs: int,
+        prefill_context_tokens: int,
+        prefill_attention: float,
+        decode_seqs: int,
+        decode_kv_tokens: float,
+    ) -> float:
+        """`seconds` without building a `Step`."""
+        if not prefill_tokens and not decode_seqs:
+            return 0.0
+        return self.extra_s + self.base.seconds_of(
+            prefill_tokens,
+            prefill_seqs,
+            prefill_context_tokens,
+            prefill_attention,
+            decode_seqs,
+            decode_kv_tokens,
+        )
+
+    def decode_seconds(self, decode_seqs: int, decode_kv_tokens: float) -> float:
+        """A step of decodes only: the steady state."""
+        return self.extra_s + self.base.decode_seconds(decode_seqs, decode_kv_tokens) if decode_seqs else 0.0
+
+    def chunk_tokens(self, base: Step, within_s: float, context_tokens: int, limit_tokens: int) -> int:
+        """The largest chunk behind `context_tokens` that keeps `base` plus it within a time; see `StepTime`."""
+        return largest_chunk(self.seconds_of, base, within_s, context_tokens, limit_tokens)

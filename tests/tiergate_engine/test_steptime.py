@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from tiergate_engine.curves import Curve, Surface
 from tiergate_engine.step import Step, StepTime
-from tiergate_engine.steptime import RAMP_TOKENS, RooflineStepTime, ScaledStepTime, TableStepTime, largest_chunk
+from tiergate_engine.steptime import (
+    RAMP_TOKENS,
+    RooflineStepTime,
+    ScaledStepTime,
+    ShiftedStepTime,
+    TableStepTime,
+    largest_chunk,
+)
 
 QWEN = RooflineStepTime(
     c0_s=0.0218, weights_s=0.0268, per_token_s=1.62e-4, sharpness=2.13, per_seq_s=6.4e-5, per_kv_s=8.7e-8,
@@ -70,7 +77,12 @@ def scaled(draw: st.DrawFn) -> ScaledStepTime:
     return ScaledStepTime(draw(st.one_of(rooflines(), table_times())), draw(factor), draw(factor))
 
 
-STEP_TIMES: st.SearchStrategy[StepTime] = st.one_of(rooflines(), table_times(), scaled())
+@st.composite
+def shifted(draw: st.DrawFn) -> ShiftedStepTime:
+    return ShiftedStepTime(draw(st.one_of(rooflines(), table_times())), draw(st.floats(0.0, 0.02)))
+
+
+STEP_TIMES: st.SearchStrategy[StepTime] = st.one_of(rooflines(), table_times(), scaled(), shifted())
 SUMS = st.tuples(
     st.integers(0, 4000),
     st.integers(0, 8),
@@ -107,6 +119,8 @@ def test_one_token_more_is_a_small_step(step_time: StepTime, sums: tuple[int, in
 
 def _steepest(step_time: StepTime, context: int, kv: int) -> float:
     """An upper bound of what one more prefill token may cost, from the parts the step time is made of."""
+    if isinstance(step_time, ShiftedStepTime):
+        return _steepest(step_time.base, context, kv)
     if isinstance(step_time, ScaledStepTime):
         factors = (step_time.decode_factor, step_time.mixed_factor)
         spread = abs(factors[1] - factors[0]) / RAMP_TOKENS
@@ -239,6 +253,8 @@ def test_each_regime_has_its_factor(decode: float, mixed: float) -> None:
         (lambda: RooflineStepTime(sharpness=0.5), "sharpness"),
         (lambda: ScaledStepTime(QWEN, 0.0, 1.0), "decode_factor"),
         (lambda: ScaledStepTime(QWEN, 1.0, float("inf")), "mixed_factor"),
+        (lambda: ShiftedStepTime(QWEN, -1e-6), "extra_s"),
+        (lambda: ShiftedStepTime(QWEN, float("nan")), "extra_s"),
         (lambda: Curve((0.0, 5.0, 5.0), (1.0, 2.0, 3.0)), r"axis\[2\]"),
         (lambda: Curve((0.0, 5.0), (2.0, 1.0)), r"values_s\[1\]"),
         (lambda: Curve((0.0,), (2.0,)), "two points"),
@@ -270,3 +286,12 @@ def test_a_chunk_never_shortens_a_corrected_step(
     assert with_chunk >= step_time.seconds(decodes) * (1 - 1e-12)  # but for the last bit
     if step_time.mixed_factor < step_time.decode_factor:
         assert with_chunk >= step_time.mixed_factor * step_time.base.seconds(decodes + Step.chunk(chunk))
+
+
+@given(table_times(), st.floats(0.0, 0.02), SUMS)
+def test_a_shift_is_added_once_to_every_step_that_holds_anything(
+    base: TableStepTime, extra_s: float, sums: tuple[int, int, int, float, int, int]
+) -> None:
+    step = Step(*sums)
+    longer = ShiftedStepTime(base, extra_s).seconds(step) - base.seconds(step)
+    assert longer == pytest.approx(extra_s if step.tokens else 0.0, abs=1e-12)
