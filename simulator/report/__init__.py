@@ -1,0 +1,1 @@
+"""Reports of simulated runs: JSON, parquet, figures and one HTML page that stands alone."""

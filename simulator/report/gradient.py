@@ -1,0 +1,120 @@
+"""The load gradient over time, and how many servers each tier uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from simulator.outcome import Sample
+from simulator.report.canvas import GRADIENT, INK, MUTED, SERIES, Drawing, Panel
+from simulator.report.summary import Comparison
+from simulator.report.values import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TARGET = 0.9
+_MOST_CONTENDERS = 3
+_MOST_COLUMNS = 160
+POOL = "pool"
+
+
+def gradient_drawings(prefix: str, comparison: Comparison) -> list[Drawing]:
+    """One drawing for each of the first contenders, where the run that tells most has samples."""
+    return [
+        _drawing(f"{prefix}-gradient-{number}", prefix, run)
+        for number, run in enumerate(telling_runs(comparison), start=1)
+        if run.outcome.samples
+    ]
+
+
+def telling_runs(comparison: Comparison) -> list[Run]:
+    """The runs whose samples are drawn: of the first contenders, where the first still does well, first seed."""
+    wanted_rps = _telling_rate(comparison)
+    found = []
+    for contender in comparison.contenders[:_MOST_CONTENDERS]:
+        own = [run for run in comparison.runs if run.cell.contender.label == contender]
+        found.append(min(own, key=lambda run: (abs(run.cell.rate_rps - wanted_rps), run.cell.seed)))
+    return found
+
+
+def _telling_rate(comparison: Comparison) -> float:
+    """The highest rate at which the first contender reaches the target, else the lowest of all."""
+    reached = [
+        point.rate_rps
+        for point in comparison.curve(comparison.contenders[0])
+        if point.overall.attainment is not None and point.overall.attainment.mean >= _TARGET
+    ]
+    return max(reached, default=comparison.rates_rps[0])
+
+
+def _drawing(name: str, section: str, run: Run) -> Drawing:
+    samples = thin(run.outcome.samples, _MOST_COLUMNS)
+    order = [tier.tier for tier in run.outcome.tiers]
+    names = {key for sample in samples for key in sample.backends}
+    tiers = [tier for tier in order if tier in names] + sorted(names - set(order) - {POOL})
+    tiers += [POOL] if POOL in names else []
+    return Drawing(
+        name,
+        section,
+        f"{run.cell.contender.label} at {run.cell.rate_rps:.4g} requests/s: load of each backend, and tiers",
+        "Left: one row a backend, the most loaded of each tier on top; colour is its predicted steady step "
+        "time over the pace of its tier. A gradient shows as rows that fade downwards. Right: how many backends "
+        "each tier holds. One seed, the whole run with warm-up and drain.",
+        (Panel(lambda axes: _paint_loads(axes, samples, tiers), 1.15), Panel(_servers(samples, tiers), 1.15)),
+    )
+
+
+def thin(samples: Sequence[Sample], most: int) -> tuple[Sample, ...]:
+    """At most `most` samples, evenly taken."""
+    every = max(1, math.ceil(len(samples) / most))
+    return tuple(samples[::every])
+
+
+def _paint_loads(axes: Axes, samples: Sequence[Sample], tiers: Sequence[str]) -> None:
+    rows: list[list[float]] = []
+    ticks: list[tuple[float, str]] = []
+    for tier in tiers:
+        most = max(len(sample.backends.get(tier, ())) for sample in samples)
+        if not most:
+            continue
+        ticks.append((len(rows) + (most - 1) / 2, tier))
+        for place in range(most):
+            loads = [sample.backends.get(tier, ()) for sample in samples]
+            rows.append([load[place] if place < len(load) else math.nan for load in loads])
+        if tier != tiers[-1]:
+            axes.axhline(len(rows) - 0.5, color=MUTED, linewidth=0.8)
+    if not rows:
+        return
+    end_s = max(samples[-1].at_s, samples[0].at_s + 1e-9)
+    picture = axes.imshow(
+        rows, aspect="auto", interpolation="nearest", cmap=GRADIENT, vmin=0.0, vmax=1.0,
+        extent=(samples[0].at_s, end_s, len(rows) - 0.5, -0.5),
+    )  # fmt: skip
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    axes.set_xlabel("time, s")
+    axes.set_title("load of the backends, by tier")
+    axes.grid(visible=False)
+    bar = axes.figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02, extend="max")
+    bar.set_label("load (1: no time left)", color=INK, fontsize=9)
+    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=8)
+    bar.outline.set_visible(False)
+
+
+def _servers(samples: Sequence[Sample], tiers: Sequence[str]) -> Callable[[Axes], None]:
+    def paint(axes: Axes) -> None:
+        times = [sample.at_s for sample in samples]
+        for place, tier in enumerate(tiers):
+            counts = [len(sample.backends.get(tier, ())) for sample in samples]
+            axes.step(
+                times, counts, where="post", label=tier, linewidth=1.6,
+                color=MUTED if tier == POOL else SERIES[place % len(SERIES)],
+                linestyle=("solid", "dashed", "dashdot", "dotted")[place % 4],
+            )  # fmt: skip
+        axes.set_xlabel("time, s")
+        axes.set_ylabel("backends")
+        axes.set_title("backends in each tier")
+        axes.set_ylim(bottom=0)
+
+    return paint

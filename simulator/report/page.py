@@ -1,0 +1,327 @@
+"""The page: one HTML file that needs nothing else, without script, for a screen, a phone and paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from simulator.campaign.curve import Bound
+from simulator.campaign.goodput import Judged
+from simulator.report import formats
+from simulator.report.canvas import Drawing, inline_svg
+from simulator.report.style import STYLE
+from simulator.report.summary import Comparison, Point, TierPoint, compare
+from simulator.report.values import GoodputRow, Setting, Study
+from simulator.scenario import Fault, FaultKind
+
+_WORDS = """\
+A request keeps its promise when every token is on time: token i, counted from zero, is due at arrival + TTFT +
+i x TPOT. Attainment is the part of all offered requests that did; refused and failed ones count as missed.
+
+The goodput is the highest offered rate at which attainment reaches a target. It is given for all requests, as the
+papers score it, and for every tier, because a policy that gives up its dearest tenth still has 90 % of all.
+
+The tier-packed reference is a fleet split perfectly between tiers, as in PolyServe's cost model. Upper bounds
+relax the problem (lengths known, no waiting), so that no policy can be above them.
+
+Intervals are 95 %, Student-t over seeds. All contenders and rates share the same requests for a seed. Warm-up and
+cool-down requests load the fleet but are not scored, and every scored request is followed to its end.
+"""
+
+_NOTICE = """\
+<p class="notice"><strong>Simulated.</strong> Every number here comes from a model of engines on a virtual clock.
+No engine ran, and no GPU was used.</p>"""
+
+
+def page(study: Study, drawings: Sequence[Drawing]) -> str:
+    """The whole report. The same study gives the same text."""
+    comparisons = compare(study.runs)
+    parts = [
+        f"<h1>{escape(study.title)}</h1>",
+        _NOTICE,
+        _findings(study.findings),
+        _conditions(comparisons),
+        _goodput(study.goodputs),
+        *(_figure(drawing) for drawing in drawings if not drawing.section),
+        _gains(study),
+        _ablations(study),
+    ]
+    for number, comparison in enumerate(comparisons, start=1):
+        parts.append(_setting(comparison, [item for item in drawings if item.section == f"s{number}"]))
+    parts += [_profiles(study), _words(), _rerun(study.rerun)]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(study.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _findings(findings: Sequence[str]) -> str:
+    if not findings:
+        return ""
+    return "<h2>In short</h2>\n<ul>" + "".join(f"<li>{escape(line)}</li>" for line in findings) + "</ul>"
+
+
+def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls inside itself where it is too wide. The first column names the row."""
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    lines = []
+    for first, *others in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
+        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
+    return (
+        f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead>\n<tbody>'
+        + "\n".join(lines)
+        + "</tbody></table></div>"
+    )
+
+
+def _figure(drawing: Drawing) -> str:
+    panels = "".join(f'<div class="panel">{svg}</div>' for svg in inline_svg(drawing))
+    return (
+        f'<figure id="{drawing.name}"><div class="panels">{panels}</div>'
+        f"<figcaption><strong>{escape(drawing.title)}.</strong> {escape(drawing.says)}</figcaption></figure>"
+    )
+
+
+def _conditions(comparisons: Sequence[Comparison]) -> str:
+    if not comparisons:
+        return ""
+    parts = ["<h2>What was run</h2>"]
+    parts += [
+        _table(f"Conditions: {item.setting.title}", ("what", "value"), conditions(item)) for item in comparisons
+    ]
+    return "\n".join(parts)
+
+
+def conditions(comparison: Comparison) -> list[tuple[str, str]]:
+    """Everything a comparison was run under, in words."""
+    setting = comparison.setting
+    work, fleet = setting.workload, setting.fleet
+    shares = sum(tier.share for tier in work.tiers)
+    tiers = "; ".join(
+        f"{tier.name} {100 * tier.share / shares:.3g} % (TTFT {_ms(tier.slo.ttft_s)}, TPOT {_ms(tier.slo.tpot_s)})"
+        for tier in work.tiers
+    )
+    lines = [
+        (
+            "trace",
+            f"{work.trace}, arrivals {work.arrivals.value}{', with prefix blocks' if work.prefixes else ''}",
+        ),
+        ("tiers", tiers),
+    ]
+    if work.ttft_s:
+        lines.append(("TTFT", f"{', '.join(map(_ms, work.ttft_s))}, drawn evenly for every request"))
+    if work.invert_at is not None:
+        lines.append(
+            ("mix", f"the shares change places after {100 * work.invert_at:g} % of the measured requests")
+        )
+    lines += [
+        ("backends", ", ".join(_engines(setting))),
+        ("gateways", f"{fleet.replicas}; what one knows of the others is {1e3 * fleet.view_age_s:g} ms old"),
+        ("start-up of a backend", f"{fleet.startup_s:g} s"),
+        ("prefix caching", "on" if fleet.prefix_caching else "off"),
+        ("host time", f"{1e3 * fleet.host_step_s:g} ms a step, {1e6 * fleet.host_seq_s:g} us a sequence"),
+        ("failures", "; ".join(map(_fault, fleet.faults)) or "none"),
+        (
+            "requests of a run",
+            _run_length(setting),
+        ),
+        ("rates", f"{', '.join(f'{rate:.4g}' for rate in comparison.rates_rps)} requests/s"),
+        ("seeds", ", ".join(map(str, comparison.seeds))),
+        ("contenders", "; ".join(comparison.contenders)),
+    ]
+    left_out = max(run.outcome.left_out for run in comparison.runs)
+    if left_out:
+        lines.append(("left out", f"{100 * left_out:.2g} % of the trace, whose promise no idle engine keeps"))
+    return lines
+
+
+def _run_length(setting: Setting) -> str:
+    return (
+        f"{setting.warmup_requests:,} warm-up, {setting.measured_requests:,} measured, "
+        f"{setting.cooldown_requests:,} cool-down, then drained"
+    )
+
+
+def _engines(setting: Setting) -> list[str]:
+    return [
+        f"{kind.count} x {kind.profile}"
+        + ("" if kind.step_floor_s is None else f", t0 set to {1e3 * kind.step_floor_s:g} ms")
+        for kind in setting.fleet.engines
+    ]
+
+
+def _fault(fault: Fault) -> str:
+    what = "down" if fault.kind is FaultKind.DOWN else f"{fault.factor:g} times as slow"
+    return f"backend {fault.backend} {what} from {fault.from_s:g} s for {fault.for_s:g} s"
+
+
+def _ms(value_s: float | None) -> str:
+    return "no promise" if value_s is None else f"{1e3 * value_s:g} ms"
+
+
+def _goodput(rows: Sequence[GoodputRow]) -> str:
+    """One table a setting; what all requests and what every tier can have stand side by side."""
+    if not rows:
+        return ""
+    settings: dict[Setting, dict[tuple[float, str], dict[Judged, GoodputRow]]] = {}
+    for row in rows:
+        target = row.goodput.target
+        settings.setdefault(row.setting, {}).setdefault((target.level, row.contender), {})[target.judged] = row
+    head = ["contender", "at"]
+    for judged in Judged:
+        head += [f"{judged.value}, requests/s", "per backend", "of the reference"]
+    parts = ["<h2>Goodput</h2>"]
+    for setting, found in settings.items():
+        lines = []
+        for (level, contender), by_judged in found.items():
+            cells = [cell for judged in Judged for cell in _goodput_cells(by_judged.get(judged))]
+            lines.append((contender, f"{100 * level:g} %", *cells))
+        parts.append(_table(f"Goodput with 95 % intervals: {setting.title}", head, lines))
+    return "\n".join(parts)
+
+
+def _goodput_cells(row: GoodputRow | None) -> tuple[str, str, str]:
+    if row is None:
+        return (formats.NOTHING, formats.NOTHING, formats.NOTHING)
+    found = row.goodput
+    shown = formats.bounded(found.estimate, found.bound, 1)
+    if found.bound is not Bound.EXACT:
+        return (shown, formats.NOTHING, formats.NOTHING)
+    part = f"{100 * found.estimate.mean / row.reference_rps:.1f} %" if row.reference_rps else formats.NOTHING
+    return (shown, f"{found.estimate.mean / row.setting.fleet.backends:.2f}", part)
+
+
+def _gains(study: Study) -> str:
+    if not study.gains:
+        return ""
+    lines = [
+        (
+            row.contender,
+            row.against,
+            row.group,
+            "the profile's" if row.step_floor_s is None else f"{1e3 * row.step_floor_s:g} ms",
+            row.target.label,
+            formats.bounded(row.ratio.estimate, row.ratio.bound, 3),
+        )
+        for row in study.gains
+    ]
+    head = ("contender", "against", "where", "t0", "goodput at", "ratio")
+    return "<h2>Gains</h2>\n" + _table("Ratios of goodputs with 95 % intervals, paired by seed", head, lines)
+
+
+def _ablations(study: Study) -> str:
+    if not study.ablations:
+        return ""
+    lines = [
+        (row.mechanism, row.group, row.target.label, formats.bounded(row.ratio.estimate, row.ratio.bound, 3))
+        for row in study.ablations
+    ]
+    head = ("without", "where", "goodput at", "of the whole policy")
+    return "<h2>Ablation</h2>\n" + _table("Goodput with one mechanism taken out", head, lines)
+
+
+def _setting(comparison: Comparison, drawings: Sequence[Drawing]) -> str:
+    points = comparison.points
+    parts = [f"<h2>{escape(comparison.setting.title)}</h2>"]
+    shown = [drawing for drawing in drawings if drawing.name.endswith("attainment")]
+    parts += [_figure(drawing) for drawing in shown]
+    parts.append(_results(points))
+    parts.append(_tiers(points))
+    parts.append(_paces(points))
+    parts.append(_effort(points))
+    parts += [_figure(drawing) for drawing in drawings if drawing not in shown]
+    return "\n".join(parts)
+
+
+def _rate(point: Point) -> str:
+    return f"{point.rate_rps:.4g}"
+
+
+def _results(points: Sequence[Point]) -> str:
+    rows = (
+        (
+            point.contender,
+            _rate(point),
+            formats.percent(point.overall.attainment),
+            formats.percent(point.worst.attainment) if point.worst else formats.NOTHING,
+            point.worst.tier if point.worst else formats.NOTHING,
+            formats.percent(point.overall.attainment_one_based),
+            formats.percent(point.overall.attainment_admitted),
+            ", ".join(f"{reason} {count:,}" for reason, count in point.refusals) or "none",
+        )
+        for point in points
+    )
+    head = (
+        "contender", "requests/s", "attainment", "worst tier", "which", "counted from one", "of admitted",
+        "refused (all seeds)",
+    )  # fmt: skip
+    return _table("Attainment with 95 % intervals over seeds", head, rows)
+
+
+def _tiers(points: Sequence[Point]) -> str:
+    names = [tier.tier for tier in points[0].tiers]
+    rows = (
+        (point.contender, _rate(point), *(formats.percent(tier.attainment) for tier in point.tiers))
+        for point in points
+    )
+    return _table("Attainment of each tier", ("contender", "requests/s", *names), rows)
+
+
+def _paces(points: Sequence[Point]) -> str:
+    def row(point: Point, tier: TierPoint) -> tuple[str, ...]:
+        shown = (tier.ttft_p50_s, tier.ttft_p99_s, tier.tpot_p50_s, tier.tpot_p99_s)
+        return (point.contender, _rate(point), tier.tier, *map(formats.milliseconds, shown))
+
+    rows = (row(point, tier) for point in points for tier in (*point.tiers, point.overall))
+    head = ("contender", "requests/s", "tier", "TTFT P50", "TTFT P99", "TPOT P50", "TPOT P99")
+    return _table("Times of the requests that were served, ms, mean over seeds", head, rows)
+
+
+def _effort(points: Sequence[Point]) -> str:
+    def micro(value_s: float | None) -> str:
+        return formats.NOTHING if value_s is None else f"{1e6 * value_s:,.0f}"
+
+    rows = (
+        (
+            point.contender,
+            _rate(point),
+            formats.number(point.cost_s, 3),
+            formats.number(point.backends_busy),
+            formats.number(point.backends_in_tiers),
+            f"{point.preemptions:,}",
+            micro(point.decision_p50_s),
+            micro(point.decision_p99_s),
+        )
+        for point in points
+    )
+    head = (
+        "contender", "requests/s", "instance-seconds per request", "backends with work", "backends in tiers",
+        "preemptions", "decision P50, us", "decision P99, us",
+    )  # fmt: skip
+    return _table("Cost. Decision times are this machine's and differ from run to run", head, rows)
+
+
+def _profiles(study: Study) -> str:
+    if not study.profiles:
+        return ""
+    rows = (
+        (note.name, note.model, note.hardware, note.source, note.conditions, f"{note.origin}; {note.licence}")
+        for note in study.profiles
+    )
+    head = ("profile", "model", "hardware", "step times", "conditions", "origin and licence")
+    return "<h2>Where the step times come from</h2>\n" + _table("Latency profiles", head, rows)
+
+
+def _words() -> str:
+    return "<h2>How to read this</h2>\n" + "\n".join(f"<p>{escape(line)}</p>" for line in _WORDS.split("\n\n"))
+
+
+def _rerun(command: str) -> str:
+    if not command:
+        return ""
+    return f"<h2>Run it again</h2>\n<p>The same command gives the same numbers.</p>\n<pre>{escape(command)}</pre>"
