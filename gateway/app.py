@@ -65,7 +65,7 @@ class Gateway:
         self.fleet = GatewayFleet(wiring.teachers, wiring.store, self.shell, settings.health)
         self.shell.pace.learner = self.fleet
         self.telemetry = Telemetry()
-        self.log = RequestLog(wiring.write_log if settings.log_requests else None)
+        self.log = RequestLog(wiring.write_log, self.telemetry.log_lost)
         decisions = Decisions()
         parts = Parts(
             self.live,

@@ -178,6 +178,7 @@ class Settings(_Model):
     tick_ms: PositiveMs = 50
     learned_state: Path | None = None
     log_requests: bool = True
+    request_log: Path | None = None
     seed: int = 0
 
     @model_validator(mode="after")

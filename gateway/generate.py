@@ -71,7 +71,19 @@ class Parts:
 class Exchange:
     """One request while it is handled."""
 
-    __slots__ = ("_call", "_client", "_failure", "_http", "_kind", "_meter", "_parts", "_public_id", "_ticket")
+    __slots__ = (
+        "_call",
+        "_client",
+        "_failure",
+        "_http",
+        "_kind",
+        "_meter",
+        "_parts",
+        "_public_id",
+        "_refused",
+        "_ticket",
+        "_usage",
+    )
 
     def __init__(self, parts: Parts, http: web.BaseRequest, call: Call, public_id: str, ticket: Ticket) -> None:
         request = call.request
@@ -88,6 +100,8 @@ class Exchange:
         self._meter = DeadlineMeter(pace, request.arrival_s)
         self._failure: UpstreamError | None = None
         self._kind = EndKind.CANCELLED
+        self._refused: str | None = None
+        self._usage: Usage | None = None
 
     async def run(self) -> web.StreamResponse:
         """Handle it to the end. Raises ApiError while nothing was sent yet."""
@@ -156,8 +170,9 @@ class Exchange:
 
     def _refusal(self, order: Refuse) -> ApiError:
         failure = self._failure
-        self._parts.telemetry.refused(self._call.request, order.refusal.kind.value)
-        if failure is not None and order.refusal.kind.value == "upstream_failed":
+        self._refused = order.refusal.kind.value
+        self._parts.telemetry.refused(self._call.request, self._refused)
+        if failure is not None and self._refused == "upstream_failed":
             return UpstreamFailed(f"{order.refusal.message} (last: {failure})", code=failure.failure.value)
         return of_refusal(order.refusal, self._call.route.prompt_field)
 
@@ -233,6 +248,7 @@ class Exchange:
 
     def _learn(self, usage: Usage | None) -> None:
         call = self._call
+        self._usage = usage
         if usage is not None and usage.prompt_tokens is not None:
             self._parts.counter.learn(call.request.model, call.prompt_chars, usage.prompt_tokens)
         if self._ticket.output_tokens:
@@ -275,11 +291,14 @@ class Exchange:
             attained = parts.telemetry.ended(request, self._meter, kind, now_s, (ttft_s, tpot_s))
         if parts.log.on:
             end = self._kind.value if placed else ("refused" if error is not None else "cancelled")
+            if self._refused is not None:
+                end = "refused"
             parts.log.add(self._line(end, attained, now_s))
 
     def _line(self, end: str, attained: bool | None, now_s: float) -> RequestLine:
         ticket, request, meter = self._ticket, self._call.request, self._meter
-        decision = ticket.decision
+        decision, usage = ticket.decision, self._usage
+        told = None if usage is None or request.sequences > 1 else usage.prompt_tokens
         timed = request.streamed and meter.tokens > 0
         return RequestLine(
             request_id=self._public_id,
@@ -288,15 +307,21 @@ class Exchange:
             tier=request.tier,
             backend=ticket.backend,
             decision=None if decision is None else decision.outcome.value,
+            reason=self._refused,
             end=end,
             attained=attained,
             streamed=request.streamed,
-            prompt_tokens=request.prompt_tokens,
+            slo_stated=request.slo_stated,
+            promised_ttft_s=request.slo.ttft_s,
+            promised_tpot_s=request.slo.tpot_s,
+            sequences=request.sequences,
+            prompt_tokens=request.prompt_tokens if told is None else told,
+            cached_tokens=None if usage is None else usage.cached_tokens,
             output_tokens=ticket.output_tokens,
             merged=ticket.merged,
             seconds=now_s - request.arrival_s,
             ttft_s=meter.first_s - request.arrival_s if timed else None,
-            tpot_s=meter.mean_tpot_s if timed else None,
+            tpot_s=meter.mean_tpot_s * request.sequences if timed and meter.mean_tpot_s is not None else None,
             time=wall_clock(),
         )
 

@@ -119,6 +119,7 @@ class Telemetry:
         self.prompt_tokens = 0
         self.merged_streams = 0
         self.merged_tokens = 0
+        self.lost_log_lines = 0
 
     def tier(self, name: str) -> _TierNumbers:
         found = self.tiers.get(name)
@@ -143,6 +144,10 @@ class Telemetry:
         """A stream ended in which `tokens` tokens came in events of others."""
         self.merged_streams += 1
         self.merged_tokens += tokens
+
+    def log_lost(self, lines: int) -> None:
+        """The request log lost so many lines."""
+        self.lost_log_lines += lines
 
     def failed_request(self, code: str) -> None:
         """An answer other than success, whatever made it."""
@@ -229,6 +234,12 @@ class _GatewayCollector(Collector):
             "tiergate_merged_tokens",
             "Tokens that came in events of others",
             {(): telemetry.merged_tokens},
+            (),
+        )
+        yield _counter(
+            "tiergate_request_log_lost_lines",
+            "Lines of the request log that were not written",
+            {(): telemetry.lost_log_lines},
             (),
         )
         yield _counter("tiergate_decisions", "Decisions by outcome", _keyed(telemetry.outcomes), ("outcome",))

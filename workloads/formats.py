@@ -36,8 +36,9 @@ class TraceRequest:
     Attributes:
         client: who sent it, where the trace tells.
         prefix_blocks: equal ids in two requests mean the same text at that place.
-        tier: only Tiergate's own log knows it; None elsewhere.
-        slo: the pace that was promised; None where the trace does not tell.
+        tier: only Tiergate's own log knows it, the promise and the model; None elsewhere.
+        slo: the pace that was promised, which may be no pace.
+        model: by its name.
     """
 
     arrival_s: float
@@ -47,6 +48,7 @@ class TraceRequest:
     prefix_blocks: tuple[int, ...] = ()
     tier: str | None = None
     slo: Slo | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ def _tiergate(line: Line) -> Row:
             line.text("tenant"),
             tier=line.text("tier"),
             slo=slo,
+            model=line.text("model"),
         ),
         # A client that went away did get what it got; what a failure cut short, it would have got.
         answered=output_tokens > 0 and end in {"finished", "cancelled"},
@@ -271,6 +274,8 @@ def _json_lines(file: IO[str], path: str) -> Iterator[Line]:
         try:
             fields = orjson.loads(stripped)
         except orjson.JSONDecodeError as error:
+            if number > 1 and not text.endswith("\n"):
+                return  # a log that is still being written ends anywhere
             raise TraceError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise TraceError(f"{path}, line {number}: must be a JSON object")

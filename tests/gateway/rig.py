@@ -54,6 +54,7 @@ class Engine:
         self.headers: list[dict[str, str]] = []
         self.disconnects = 0
         self.script: Sequence[bytes] = (ROLE, chunk("a"), chunk(" b"), chunk(" c", "stop"), DONE)
+        self.usage_event = USAGE
         self.usage_tokens = 3  # what the usage event says of a script's output
         self.down = False
         self.health_asked = 0
@@ -106,7 +107,7 @@ class Engine:
         for event in self.script:
             if usage and event == DONE:
                 await answer.write(
-                    USAGE.replace(b'completion_tokens":3', b'completion_tokens":%d' % self.usage_tokens)
+                    self.usage_event.replace(b'completion_tokens":3', b'completion_tokens":%d' % self.usage_tokens)
                 )
             await answer.write(event)
         return answer

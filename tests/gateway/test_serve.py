@@ -91,6 +91,33 @@ async def test_sighup_reads_the_file_again(
             assert await process.wait() == 0
 
 
+async def test_the_request_log_file_is_followed_when_it_is_rotated(
+    tiergate_command: Sequence[str], free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    config, path, moved = tmp_path / "tiergate.yaml", tmp_path / "requests.jsonl", tmp_path / "requests.1"
+    async with engine() as one:
+        backends = [{"url": one.url, "profile": PROFILE}]
+        config.write_bytes(orjson.dumps({"backends": backends, "request_log": str(path), "log_requests": False}))
+        async with _serving(tiergate_command, free_port(), "--config", str(config)) as (process, ask):
+            await _chat(ask, "first")
+            await until(lambda: path.stat().st_size > 0)
+            path.rename(moved)
+            process.send_signal(signal.SIGHUP)
+            await until(path.exists)
+            await _chat(ask, "second")
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+            assert process.stdout is not None
+            assert await process.stdout.read() == b""
+    told = [[orjson.loads(text)["request_id"] for text in one.read_bytes().splitlines()] for one in (moved, path)]
+    assert told == [["first"], ["second"]]
+
+
+async def _chat(ask: Client, name: str) -> None:
+    status, _ = await ask.read_chat(headers={"x-request-id": name})
+    assert status == 200
+
+
 async def _not_ready(ask: Client) -> bool:
     return not await _ready(ask)
 
@@ -114,6 +141,7 @@ async def _tier(ask: Client) -> str:
         (["check", "--policy", "nope"], 2, "unknown policy 'nope'"),
         (["check", "--config", "/nowhere.yaml"], 2, "No such file"),
         (["serve"], 2, "no backend: give --backend"),
+        (["check"], 0, "Request log: standard output."),
     ],
 )
 async def test_check_explains(tiergate_command: list[str], arguments: list[str], code: int, told: str) -> None:
@@ -123,3 +151,25 @@ async def test_check_explains(tiergate_command: list[str], arguments: list[str],
     output, _ = await process.communicate()
     assert process.returncode == code
     assert told in output.decode()
+
+
+async def test_check_names_a_request_log_that_cannot_be_kept(tiergate_command: list[str], tmp_path: Path) -> None:
+    """And leaves no file behind where one can."""
+    for path, code, told in (
+        (
+            tmp_path / "nowhere" / "log",
+            2,
+            f"request_log: {tmp_path}/nowhere/log: the folder {tmp_path}/nowhere is not",
+        ),
+        (tmp_path / "log", 0, f"Request log: standard output and {tmp_path}/log."),
+    ):
+        config = tmp_path / "tiergate.yaml"
+        config.write_bytes(orjson.dumps({"request_log": str(path)}))
+        process = await asyncio.create_subprocess_exec(
+            *tiergate_command, "check", "--config", str(config),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await process.communicate()
+        assert process.returncode == code
+        assert told in output.decode()
+        assert not path.exists()

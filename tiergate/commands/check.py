@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from gateway.config import ConfigError, Settings
+from gateway.requestlog import unwritable
 from profiles import load
 from tiergate.commands import UsageError
 from tiergate.commands.serve import add_settings_arguments, settings_of
@@ -31,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
         wire(settings)
     except ConfigError as error:
         raise UsageError(str(error)) from None
+    path = settings.request_log
+    problem = None if path is None else unwritable(path)
+    if problem is not None:
+        raise UsageError(f"request_log: {path}: {problem}")
     for line in explain(settings):
         print(line)
     return 0
@@ -63,6 +68,9 @@ def explain(settings: Settings) -> list[str]:
         f"Limits: bodies up to {settings.limits.body_bytes} bytes; "
         f"on SIGTERM streams get {settings.drain_grace_s:g} s to end."
     )
+    sinks = ["standard output"] if settings.log_requests else []
+    sinks += [str(settings.request_log)] if settings.request_log is not None else []
+    lines.append(f"Request log: {' and '.join(sinks) or 'none'}.")
     lines.append("The configuration can be served." if settings.backends else "The configuration is valid.")
     return lines
 

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import uvloop
 from gateway.app import Gateway, Wiring, running
 from gateway.config import ConfigError, Settings, load, parse_backend_flag
 from gateway.learning import Learned
+from gateway.requestlog import LogFile
 from tiergate.commands import CommandFailed, UsageError
 from tiergate.root import check_profiles, wire
 
@@ -51,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
         epilog="SIGHUP reads the configuration again; SIGTERM waits for open streams, then stops.",
     )
     add_settings_arguments(parser)
-    parser.add_argument("--quiet", action="store_true", help="no line for each request")
+    parser.add_argument("--quiet", action="store_true", help="no line for each request on standard output")
     parser.set_defaults(func=run)
 
 
@@ -75,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
     if not settings.backends:
         raise UsageError("no backend: give --backend http://host:port, or `backends` in a configuration file")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_file = _log_file(settings)
     try:
-        uvloop.run(serve(args, settings, replace(wire(settings), write_log=_write_log)))
+        wiring = replace(wire(settings), write_log=_sink(settings, log_file))
+        uvloop.run(serve(args, settings, wiring, log_file))
     except ConfigError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
@@ -87,7 +91,37 @@ def run(args: argparse.Namespace) -> int:
         if not isinstance(cause, OSError):
             raise
         raise _cannot_listen(settings, cause) from None
+    finally:
+        if log_file is not None:
+            log_file.close()
     return 0
+
+
+def _log_file(settings: Settings) -> LogFile | None:
+    path = settings.request_log
+    if path is None:
+        return None
+    try:
+        return LogFile(path)
+    except OSError as error:
+        raise UsageError(f"request_log: {path}: {error.strerror or error}") from None
+
+
+def _sink(settings: Settings, log_file: LogFile | None) -> Callable[[bytes], None] | None:
+    """Where the request log's lines go: standard output, a file, both, or nowhere (None)."""
+    if log_file is None:
+        return _write_log if settings.log_requests else None
+    if not settings.log_requests:
+        return log_file.write
+    to_file = log_file.write
+
+    def to_both(lines: bytes) -> None:
+        try:
+            to_file(lines)
+        finally:
+            _write_log(lines)
+
+    return to_both
 
 
 def _cannot_listen(settings: Settings, error: OSError) -> CommandFailed:
@@ -101,7 +135,9 @@ def _alone(error: Exception) -> Exception:
     return error
 
 
-async def serve(args: argparse.Namespace, settings: Settings, wiring: Wiring) -> None:
+async def serve(
+    args: argparse.Namespace, settings: Settings, wiring: Wiring, log_file: LogFile | None = None
+) -> None:
     """Run until SIGTERM or SIGINT; a second one does not wait for streams. Raises OSError."""
     # What is alive now lives as long as the process; the collector need not walk it again and again.
     gc.collect()
@@ -121,7 +157,7 @@ async def serve(args: argparse.Namespace, settings: Settings, wiring: Wiring) ->
     try:
         async with running(settings, wiring) as gateway, asyncio.TaskGroup() as tasks:
             log.info("listening on http://%s:%d, policy %s", settings.host, gateway.port, settings.policy.name)
-            side = [tasks.create_task(_reload_on(reload, gateway, args), name="reload")]
+            side = [tasks.create_task(_reload_on(reload, gateway, args, log_file), name="reload")]
             if isinstance(wiring.teachers, Learned) and settings.learned_state is not None:
                 side.append(tasks.create_task(_save_often(wiring.teachers), name="save"))
             await stop.wait()
@@ -148,10 +184,17 @@ async def _drain(gateway: Gateway, grace_s: float, again: asyncio.Event) -> None
         impatient.cancel()
 
 
-async def _reload_on(reload: asyncio.Event, gateway: Gateway, args: argparse.Namespace) -> None:
+async def _reload_on(
+    reload: asyncio.Event, gateway: Gateway, args: argparse.Namespace, log_file: LogFile | None
+) -> None:
     while True:
         await reload.wait()
         reload.clear()
+        if log_file is not None:
+            try:
+                await asyncio.to_thread(log_file.reopen)
+            except OSError as error:
+                log.error("the request log goes on in the file that it had: %s", error)
         try:
             settings = await asyncio.to_thread(settings_of, args)
             await asyncio.to_thread(check_profiles, settings)
