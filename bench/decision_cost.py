@@ -29,11 +29,12 @@ from profiles.catalogue import load
 from scheduling import events as ev
 from scheduling.backends import Backend, EngineLimits
 from scheduling.dispatcher import Dispatcher
-from scheduling.ledger import Ledger, Resident
+from scheduling.ledger import Ledger
 from scheduling.lengths import FixedLength
 from scheduling.load import Cost
 from scheduling.policies import make
 from scheduling.requests import Request
+from scheduling.residents import Resident
 from scheduling.tiers import Slo, Tier, TierSet
 from tiergate_engine.step import StepTime
 

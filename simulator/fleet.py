@@ -1,21 +1,28 @@
 """A fleet on a virtual clock: the second shell around the dispatcher.
 
-The very dispatcher that serves live gets its events from `tiergate_engine.model` engines and a heap of times
-instead of sockets. One replica whose store always agrees: what it reserves it gets. True output lengths are known
-to `SimRequest` and the engines only; no policy sees them.
+The very dispatcher that serves live gets its events from `tiergate_engine.model` engines and an agenda instead of
+sockets. One replica has a store that always agrees; several share the store in memory, and know of each other's
+load what the fleet's `view_age_s` lets them. True output lengths are known to `SimRequest` and the engines only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from scheduling import events as ev
+from scheduling.backends import BackendState
 from scheduling.dispatcher import Dispatcher
 from scheduling.requests import Request
-from scheduling.scoring import RequestEnd, RequestRecord
-from scheduling.tiers import Slo
+from simulator.agenda import Agenda
+from simulator.engines import SimEngine, StreamTimes
+from simulator.outcome import Sample
+from simulator.replica import Replica
+from simulator.requests import SimRequest
+from simulator.scenario import Fault, FaultKind
+from simulator.served import Served, SimResult
+from simulator.store import shared_stores
 from tiergate_engine.model import EngineModel, SequenceSpec
 
 PROGRESS_PERIOD_S = 0.05
@@ -23,202 +30,259 @@ PROGRESS_PERIOD_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class SimRequest:
-    """A request and the length its answer will really have."""
+class FleetOptions:
+    """How the fleet is run.
 
-    request: Request
-    output_tokens: int
+    Attributes:
+        driven: engines cut their chunks to the pace of who is on board.
+        received: prompts come with their KV computed (the decode half of a disaggregated fleet).
+        view_age_s: how old a replica's knowledge of the others' load is.
+        startup_s: how long a backend taken from the pool takes until it serves.
+        faults: what happens to which backend, by its place in the order of their names.
+        sample_s: how often the gradient is written down; None: never.
+        time_decisions: whether the time each decision takes here is measured.
+    """
 
-
-@dataclass(slots=True)
-class _Stream:
-    """A request on an engine."""
-
-    sim: SimRequest
-    lease_id: str
-    backend: str
-    token_times_s: list[float] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Engine:
-    model: EngineModel
-    stepping: bool = False
-    last_step_s: float = 0.0
-    step_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SimResult:
-    """What a run gave: a record per request in order of arrival, predictions beside what happened, and cost."""
-
-    records: tuple[RequestRecord, ...]
-    ttft_pairs_s: tuple[tuple[float, float], ...]  # predicted, actual
-    tpot_pairs_s: tuple[tuple[float, float], ...]
-    backend_seconds: float
-    preemptions: int
-    outcomes: dict[str, int]
-    ended_s: float
+    driven: bool = False
+    received: bool = False
+    view_age_s: float = 0.0
+    startup_s: float = 0.0
+    faults: tuple[Fault, ...] = ()
+    sample_s: float | None = None
+    time_decisions: bool = False
 
 
 class SimFleet:
-    """Run `run(requests)` once. Engines are given by the name of their backend in the dispatcher."""
+    """Run `run(requests)` once. Engines are made by the name of their backend in the dispatchers, one dispatcher a
+    gateway replica, all told of the same backends."""
 
-    def __init__(self, dispatcher: Dispatcher, engines: dict[str, EngineModel]) -> None:
-        self.dispatcher = dispatcher
-        self.now_s = 0.0
-        self._engines = {name: _Engine(model) for name, model in engines.items()}
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._sequence = 0
-        self._requests: dict[str, SimRequest] = {}
-        self._streams: dict[str, _Stream] = {}
-        self._by_backend: dict[str, dict[str, _Stream]] = {name: {} for name in engines}
-        self._records: dict[str, RequestRecord] = {}
-        self._predicted_s: dict[str, tuple[float | None, float | None]] = {}  # TTFT and TPOT by lease
-        self._ttft_pairs_s: list[tuple[float, float]] = []
-        self._tpot_pairs_s: list[tuple[float, float]] = []
-        self._outcomes: dict[str, int] = {}
-        self._wake_s: float | None = None
-        self._preempted = 0
+    def __init__(
+        self,
+        dispatchers: Sequence[Dispatcher],
+        engines: Mapping[str, Callable[[], EngineModel]],
+        options: FleetOptions | None = None,
+        agenda: Agenda | None = None,
+        on_end: Callable[[Served], None] | None = None,
+    ) -> None:
+        self.options = options or FleetOptions()
+        self.agenda = agenda or Agenda()
+        self.served: list[Served] = []
+        self.samples: list[Sample] = []
+        self.starting: set[str] = set()
+        self._on_end = on_end
+        stores = shared_stores(len(dispatchers), self.agenda) if len(dispatchers) > 1 else [None]
+        self.replicas = [
+            Replica(self, dispatcher, store, self.options.startup_s, self.options.time_decisions)
+            for dispatcher, store in zip(dispatchers, stores, strict=True)
+        ]
+        self._owners: dict[str, Replica] = {}  # of leases
+        self.engines = {
+            name: SimEngine(name, make, self.agenda, self, self._pace_of(name) if self.options.driven else None)
+            for name, make in sorted(engines.items())
+        }
+        self._dealt = 0
+        self._unended = 0
+        self._unended_measured = 0
+        for replica in self.replicas:
+            replica.join_store()
+        self._start()
 
-    def run(self, requests: Sequence[SimRequest], on_event: Callable[[], None] | None = None) -> SimResult:
-        """Serve all requests to their end. `on_event` is called after every event (tests check invariants)."""
-        for sim in requests:
-            self._requests[sim.request.request_id] = sim
-            self._at(sim.request.arrival_s, lambda sim=sim: self._tell(ev.Arrived(sim.request)))  # type: ignore[misc]
-        self._at(0.0, self._progress)
-        left = len(requests)
-        while self._heap and len(self._records) < left:
-            self.now_s, _, call = heappop(self._heap)
-            call()
-            self._schedule_wake()
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """The first replica's."""
+        return self.replicas[0].dispatcher
+
+    # --- running -------------------------------------------------------------------------------------------
+
+    def run(self, requests: Iterable[SimRequest], on_event: Callable[[], None] | None = None) -> SimResult:
+        """Serve requests, given in order of arrival, until all that are measured have ended.
+
+        `on_event` is called after every event (tests check invariants).
+        """
+        arrivals = Arrivals(self.agenda, iter(requests), self.arrive)
+        while (arrivals.coming or self._unended_measured) and self.agenda.run_next():
             if on_event is not None:
                 on_event()
-        records = tuple(
-            self._records[sim.request.request_id] for sim in requests if sim.request.request_id in self._records
-        )
+        return self.result()
+
+    def result(self) -> SimResult:
+        """What there is so far."""
+        now_s = self.agenda.now_s
         return SimResult(
-            records,
-            tuple(self._ttft_pairs_s),
-            tuple(self._tpot_pairs_s),
-            self.dispatcher.fleet.backend_seconds(self.now_s),
-            sum(engine.model.preemptions for engine in self._engines.values()),
-            dict(self._outcomes),
-            self.now_s,
+            served=tuple(self.served),
+            backend_seconds=self.backend_seconds(),
+            busy_s=self.busy_s(),
+            preemptions=sum(engine.preemptions for engine in self.engines.values()),
+            ended_s=now_s,
+            samples=tuple(self.samples),
+            decision_s=tuple(took for replica in self.replicas for took in replica.decision_s),
         )
 
-    # --- the clock -----------------------------------------------------------------------------------------
+    def backend_seconds(self) -> float:
+        """Time that backends spent in a tier so far."""
+        return self.dispatcher.fleet.backend_seconds(self.agenda.now_s)
 
-    def _at(self, time_s: float, call: Callable[[], None]) -> None:
-        heappush(self._heap, (time_s, self._sequence, call))
-        self._sequence += 1
+    def busy_s(self) -> float:
+        """Time that engines spent in steps so far."""
+        return sum(engine.busy_s for engine in self.engines.values())
 
-    def _schedule_wake(self) -> None:
-        at_s = self.dispatcher.next_wake_s()
-        if at_s is None or at_s == self._wake_s:
-            return
-        self._wake_s = at_s
-        self._at(max(at_s, self.now_s), lambda: self._wake(at_s))
+    def arrive(self, sim: SimRequest) -> None:
+        """A request comes to the next replica in turn."""
+        self._unended += 1
+        self._unended_measured += sim.measured
+        replica = self.replicas[self._dealt % len(self.replicas)]
+        self._dealt += 1
+        replica.arrive(sim)
 
-    def _wake(self, at_s: float) -> None:
-        if self._wake_s == at_s:
-            self._wake_s = None
-        self._tell(ev.TimePassed())
+    def _start(self) -> None:
+        self.agenda.at(self.agenda.now_s, self._progress)
+        names = list(self.engines)
+        for fault in self.options.faults:
+            name = names[fault.backend]
+            self.agenda.at(fault.from_s, lambda fault=fault, name=name: self._fault(name, fault))  # type: ignore[misc]
+            self.agenda.at(fault.from_s + fault.for_s, lambda fault=fault, name=name: self._mend(name, fault))  # type: ignore[misc]
+        if self.options.sample_s is not None:
+            self.agenda.at(self.agenda.now_s, self._sample)
 
-    # --- carrying actions out ------------------------------------------------------------------------------
+    def _pace_of(self, name: str) -> Callable[[], float | None]:
+        """The pace an engine is driven at: the shortest that anybody on board, or its host, was promised."""
 
-    def _tell(self, event: ev.Event) -> None:
-        actions = self.dispatcher.handle(event, self.now_s)
-        for action in actions:
-            self._carry_out(action)
+        def pace_s() -> float | None:
+            shortest_s = math.inf
+            for replica in self.replicas:
+                fleet = replica.dispatcher.fleet
+                ledger = fleet[name]
+                host_s = math.inf
+                if ledger.tier is not None and ledger.tier in fleet.tiers:
+                    host_s = ledger.binding_tpot_s(fleet.tiers[ledger.tier].host_tpot_s)
+                shortest_s = min(shortest_s, host_s, ledger.tightest_tpot_s)
+            return shortest_s if math.isfinite(shortest_s) else None
 
-    def _carry_out(self, action: ev.Action) -> None:
-        match action:
-            case ev.Reserve(request_id, lease_id, candidates):
-                self._tell(ev.Reserved(request_id, lease_id, candidates[0].backend))
-            case ev.Open(request_id, lease_id, backend, decision):
-                outcome = decision.outcome.value
-                self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
-                chosen = [candidate for candidate in decision.candidates if candidate.backend == backend]
-                if chosen:
-                    self._predicted_s[lease_id] = (chosen[-1].ttft_s, chosen[-1].tpot_s)
-                self._open(request_id, lease_id, backend)
-            case ev.Refuse(request_id, refusal):
-                self._outcomes["refused"] = self._outcomes.get("refused", 0) + 1
-                self._record(self._requests[request_id], RequestEnd.REFUSED, [], refusal.kind.value)
-            case ev.Claim(backend, tier, epoch):
-                self._tell(ev.Claimed(backend, tier, epoch + 1))
-            case ev.HandBack(backend, epoch):
-                self._tell(ev.HandedBack(backend, epoch + 1))
-            case ev.Hold() | ev.Release():
-                pass
+        return pace_s
 
-    def _open(self, request_id: str, lease_id: str, backend: str) -> None:
-        sim = self._requests[request_id]
-        stream = _Stream(sim, lease_id, backend)
-        self._streams[lease_id] = stream
-        self._by_backend[backend][lease_id] = stream
-        engine = self._engines[backend]
-        engine.model.submit(SequenceSpec(lease_id, sim.request.prompt_tokens, sim.output_tokens), self.now_s)
-        if not engine.stepping:
-            self._step(backend, engine)
+    # --- what engines tell ---------------------------------------------------------------------------------
 
-    def _step(self, backend: str, engine: _Engine) -> None:
-        planned = engine.model.next_step(self.now_s)
-        engine.stepping = planned is not None
-        if planned is not None:
-            engine.step_s = planned.duration_s
-            self._at(planned.ends_s, lambda: self._step_done(backend, engine))
+    def first_token(self, lease_id: str) -> None:
+        """See `simulator.engines.Listener`."""
+        self._owners[lease_id].tell(ev.FirstToken(lease_id))
 
-    def _step_done(self, backend: str, engine: _Engine) -> None:
-        emitted = engine.model.finish_step(self.now_s)
-        engine.last_step_s = self.now_s
-        self._step(backend, engine)
-        for token in emitted:
-            stream = self._streams[token.sequence_id]
-            stream.token_times_s.append(self.now_s)
-            if token.index == 0:
-                self._tell(ev.FirstToken(stream.lease_id))
-            if token.finished:
-                del self._streams[stream.lease_id]
-                del self._by_backend[backend][stream.lease_id]
-                self._score_prediction(stream)
-                self._record(stream.sim, RequestEnd.FINISHED, stream.token_times_s, None)
-                self._tell(ev.Ended(stream.lease_id, ev.EndKind.FINISHED, token.index + 1))
-
-    def _score_prediction(self, stream: _Stream) -> None:
-        ttft_s, tpot_s = self._predicted_s.get(stream.lease_id, (None, None))
-        times_s = stream.token_times_s
-        if ttft_s is not None:
-            self._ttft_pairs_s.append((ttft_s, times_s[0] - stream.sim.request.arrival_s))
-        if tpot_s is not None and len(times_s) > 1:
-            self._tpot_pairs_s.append((tpot_s, (times_s[-1] - times_s[0]) / (len(times_s) - 1)))
+    def finished(self, lease_id: str, tokens: int) -> None:
+        """See `simulator.engines.Listener`."""
+        self._owners.pop(lease_id).finished(lease_id, tokens)
 
     def _progress(self) -> None:
-        """Read the streams' counters, backend by backend."""
-        for backend, streams in self._by_backend.items():
-            if not streams:
+        """Read the streams' counters, backend by backend; tell replicas of each other."""
+        now_s = self.agenda.now_s
+        alone = len(self.replicas) == 1
+        for name, engine in self.engines.items():
+            if not engine.streams:
                 continue
-            engine = self._engines[backend]
-            progress = tuple(
-                ev.Progress(lease_id, len(stream.token_times_s))
-                for lease_id, stream in streams.items()
-                if stream.token_times_s
-            )
-            self._tell(ev.Progressed(backend, progress, engine.step_s, self.now_s - engine.last_step_s))
-        self._at(self.now_s + PROGRESS_PERIOD_S, self._progress)
+            progress = [ev.Progress(lease_id, tokens) for lease_id, tokens in engine.progress()]
+            age_s = now_s - engine.last_step_s
+            for replica in self.replicas:
+                own = progress
+                if not alone:
+                    own = [one for one in progress if self._owners[one.lease_id] is replica]
+                replica.tell(ev.Progressed(name, tuple(own), engine.step_s, age_s))
+        if not alone:
+            self._tell_of_others()
+        self.agenda.at(now_s + PROGRESS_PERIOD_S, self._progress)
 
-    def _record(self, sim: SimRequest, end: RequestEnd, times_s: list[float], reason: str | None) -> None:
+    def _tell_of_others(self) -> None:
+        for replica in self.replicas:
+            for event in replica.changes(self.starting):
+                tell = lambda replica=replica, event=event: replica.tell(event)  # noqa: E731  # bound now
+                self.agenda.at(self.agenda.now_s + self.options.view_age_s, tell)
+
+    def open(self, replica: Replica, sim: SimRequest, lease_id: str, backend: str) -> bool:
+        """Open a stream; False when the engine is not there."""
+        engine = self.engines[backend]
+        ledger = replica.dispatcher.fleet[backend]
+        if ledger.backend.state is BackendState.DOWN:
+            return False
         request = sim.request
-        self._records[request.request_id] = RequestRecord(
-            request.tier,
-            Slo(request.slo.ttft_s, request.slo.tpot_s),
-            request.arrival_s,
-            end,
-            self.now_s,
-            times_s,
-            None,
-            request.streamed,
-            request.prompt_tokens,
-            reason,
+        prompt = request.prompt_tokens
+        self._owners[lease_id] = replica
+        engine.submit(
+            SequenceSpec(
+                lease_id,
+                prompt,
+                sim.output_tokens,
+                prefix_blocks=sim.prefix_blocks,
+                received_tokens=prompt if self.options.received else 0,
+            )
         )
+        return True
+
+    def close(self, lease_id: str, backend: str, request: Request) -> StreamTimes:
+        """When the tokens of a stream that finished came."""
+        return self.engines[backend].close(lease_id, request.arrival_s, request.slo)
+
+    def ended(self, served: Served) -> None:
+        """A request came to its end."""
+        self._unended -= 1
+        self._unended_measured -= served.sim.measured
+        self.served.append(served)
+        if self._on_end is not None:
+            self._on_end(served)
+
+    # --- faults --------------------------------------------------------------------------------------------
+
+    def _fault(self, name: str, fault: Fault) -> None:
+        engine = self.engines[name]
+        if fault.kind is FaultKind.SLOW:
+            engine.slowness *= fault.factor
+            return
+        self._set_state(name, BackendState.DOWN)
+        begun = {lease_id for lease_id, stream in engine.streams.items() if stream.milestones}
+        tokens = dict(engine.progress())
+        for lease_id in engine.crash():
+            owner = self._owners.pop(lease_id)
+            owner.lost(lease_id, tokens.get(lease_id, 1) if lease_id in begun else 0)
+
+    def _mend(self, name: str, fault: Fault) -> None:
+        if fault.kind is FaultKind.SLOW:
+            self.engines[name].slowness /= fault.factor
+        else:
+            self._set_state(name, BackendState.UP)
+
+    def _set_state(self, name: str, state: BackendState) -> None:
+        for replica in self.replicas:
+            backend = replica.dispatcher.fleet[name].backend
+            replica.tell(ev.BackendChanged(replace(backend, state=state)))
+
+    # --- looking at it -------------------------------------------------------------------------------------
+
+    def _sample(self) -> None:
+        fleet = self.dispatcher.fleet
+        loads: dict[str, list[float]] = {}
+        for ledger in fleet:
+            loads.setdefault(ledger.tier or "pool", []).append(round(ledger.load, 4))
+        held = sum(replica.dispatcher.counts.held for replica in self.replicas)
+        by_tier = {tier: tuple(sorted(each, reverse=True)) for tier, each in sorted(loads.items())}
+        self.samples.append(Sample(self.agenda.now_s, held, by_tier))
+        self.agenda.at(self.agenda.now_s + (self.options.sample_s or math.inf), self._sample)
+
+
+class Arrivals:
+    """Lets requests arrive one after the other, each put on the agenda when the one before came."""
+
+    def __init__(
+        self, agenda: Agenda, requests: Iterator[SimRequest], arrive: Callable[[SimRequest], None]
+    ) -> None:
+        self.coming = True
+        self._agenda = agenda
+        self._requests = requests
+        self._arrive = arrive
+        self._next()
+
+    def _next(self) -> None:
+        sim = next(self._requests, None)
+        if sim is None:
+            self.coming = False
+        else:
+            self._agenda.at(sim.request.arrival_s, lambda: self._come(sim))
+
+    def _come(self, sim: SimRequest) -> None:
+        self._next()
+        self._arrive(sim)

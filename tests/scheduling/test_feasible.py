@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 import profiles
 from scheduling.backends import Backend, EngineLimits
+from scheduling.checks import ALL_CHECKS, Checks, KvGrowth
 from scheduling.decisions import Verdict
 from scheduling.feasible import Ask, _wait_verdict, judge, limits_for, residents_keep_pace
-from scheduling.ledger import Ledger, Resident
+from scheduling.ledger import Ledger
 from scheduling.lengths import FixedLength
 from scheduling.load import LoadVector
 from scheduling.placing import _at_a_glance
 from scheduling.predict import Prefill, own_prompt_tokens, walk_prefill
 from scheduling.requests import Request
+from scheduling.residents import Resident
 from scheduling.tiers import Slo
 from tests.scheduling.play import backend, cost_of, request
 from tiergate_engine.steptime import RooflineStepTime
@@ -147,7 +149,7 @@ def test_second_token_looks_at_the_step_after_the_first() -> None:
     ask = ask_for(request("a", slo=Slo(0.5, 0.02)))
     for next_s, expected in ((0.119, Verdict.FEASIBLE), (0.121, Verdict.SECOND_TOKEN)):
         prefill = Prefill(0.1, 0.3, 0.3, 1, 0.3, 1.0, next_s)
-        assert _wait_verdict(ledger, ask, prefill, 0.0) is expected
+        assert _wait_verdict(ledger, ask, prefill, 0.0, ALL_CHECKS) is expected
 
 
 def test_resident_slack() -> None:
@@ -271,14 +273,22 @@ def test_a_box_is_not_empty_of_room() -> None:
 # --- what is seen at a glance ------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**31), st.integers(1, 40), st.sampled_from([512, 2048]), st.sampled_from([1.0, 1.2]))
+checks_of = st.builds(
+    Checks, st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(list(KvGrowth))
+)
+
+
+@given(
+    st.integers(0, 2**31), st.integers(1, 40), st.sampled_from([512, 2048]), st.sampled_from([1.0, 1.2]), checks_of
+)
 def test_what_is_hopeless_at_a_glance_is_infeasible_in_full(
-    seed: int, residents: int, chunk_tokens: int, margin: float
+    seed: int, residents: int, chunk_tokens: int, margin: float, checks: Checks
 ) -> None:
     """The shortcuts of a look never turn down what the whole judgement would let in."""
     rng = Random(seed)
+    driven = rng.random() < 0.5
     limits = EngineLimits(256, chunk_tokens, rng.choice([None, 20_000, 60_000]), 40_000)
-    ledger = Ledger(Backend("a", PROFILE.step_time, limits=limits, margin=margin))
+    ledger = Ledger(Backend("a", PROFILE.step_time, limits=limits, margin=margin, dynamic_chunk=driven))
     for index in range(residents):
         slo = Slo(rng.uniform(0.1, 6.0), rng.choice([0.075, 0.3]))
         put(ledger, f"x{index}", rng.randrange(0, 50), now_s=1.0, slo=slo, prompt_tokens=rng.randrange(10, 3000))
@@ -292,6 +302,6 @@ def test_what_is_hopeless_at_a_glance_is_infeasible_in_full(
     asked = request("new", slo=Slo(ttft_s, 0.3), prompt_tokens=rng.randrange(1, 4000), arrival_s=now_s)
     ask = ask_for(asked, rng.randrange(1, 200))
     host_s = rng.choice([0.06, 0.1, 0.3])
-    seen = _at_a_glance(ledger, ask, min(host_s, 0.3), own_prompt_tokens(asked), now_s)
+    seen = _at_a_glance(ledger, ask, min(host_s, 0.3), own_prompt_tokens(asked), now_s, checks)
     if seen is not None:
-        assert not judge(ledger, ask, host_s, now_s).feasible, seen
+        assert not judge(ledger, ask, host_s, now_s, checks).feasible, seen

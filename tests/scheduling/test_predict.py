@@ -9,10 +9,11 @@ import pytest
 
 import profiles
 from scheduling.backends import Backend, EngineLimits
-from scheduling.ledger import Ledger, Resident
+from scheduling.ledger import Ledger
 from scheduling.lengths import FixedLength
 from scheduling.load import LoadVector
 from scheduling.predict import steady_step_s, walk_prefill
+from scheduling.residents import Resident
 from scheduling.tiers import Slo
 from tests.scheduling.play import STEP_TIME, backend, cost_of, request
 from tiergate_engine.model import EngineConfig, EngineModel, SequenceSpec

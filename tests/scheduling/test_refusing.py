@@ -9,11 +9,11 @@ import pytest
 from scheduling.decisions import RefusalKind, Verdict
 from scheduling.feasible import Ask
 from scheduling.fleet import Fleet
-from scheduling.ledger import Resident
 from scheduling.lengths import FixedLength
 from scheduling.placing import Look
 from scheduling.policies.polyserve import PolyServe
 from scheduling.refusing import at_once, latest_start_s, pace_unreachable, retry_after_s, too_late, too_tight
+from scheduling.residents import Resident
 from scheduling.tickets import Ticket
 from scheduling.tiers import Slo
 from tests.scheduling.play import TIERS, backend, cost_of, request

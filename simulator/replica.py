@@ -1,0 +1,188 @@
+"""One gateway replica of a simulated fleet: a dispatcher, and the shell that carries its actions out."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Protocol
+
+from scheduling import events as ev
+from scheduling.dispatcher import Dispatcher
+from scheduling.requests import Request
+from scheduling.scoring import RequestEnd
+from simulator.agenda import Agenda
+from simulator.engines import StreamTimes
+from simulator.requests import SimRequest
+from simulator.served import Served
+from simulator.store import SimStore, View
+from tiergate_engine.model import SequenceTooLong
+
+
+class Home(Protocol):
+    """The fleet as a replica needs it. `starting` are backends that were claimed and do not serve yet."""
+
+    agenda: Agenda
+    starting: set[str]
+
+    def open(self, replica: Replica, sim: SimRequest, lease_id: str, backend: str) -> bool: ...
+
+    def close(self, lease_id: str, backend: str, request: Request) -> StreamTimes: ...
+
+    def ended(self, served: Served) -> None: ...
+
+
+class Replica:
+    """Carries the actions of one dispatcher out. `timed`: measure what each decision takes here."""
+
+    def __init__(
+        self, fleet: Home, dispatcher: Dispatcher, store: SimStore | None, startup_s: float, timed: bool
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.decision_s: list[float] = []
+        self._fleet = fleet
+        self._agenda = fleet.agenda
+        self._store = store
+        self._view = View()
+        self._wake_s: float | None = None
+        self._requests: dict[str, SimRequest] = {}
+        self._open: dict[str, tuple[SimRequest, ev.Open]] = {}  # by lease
+        self._startup_s = startup_s
+        self._timed = timed
+
+    def join_store(self) -> None:
+        """Make the backends known to the store, which says how they stand."""
+        if self._store is None:
+            return
+        for ledger in list(self.dispatcher.fleet):
+            membership = self._store.add_backend(ledger.backend.name, ledger.tier)
+            self.tell(ev.MembershipChanged(ledger.backend.name, membership.tier, membership.epoch))
+
+    def changes(self, hidden: set[str]) -> list[ev.Event]:
+        """What the store says of the others that this replica was not told yet, but of some backends."""
+        if self._store is None:
+            return []
+        return self._view.changes({name: load for name, load in self._store.view().items() if name not in hidden})
+
+    def arrive(self, sim: SimRequest) -> None:
+        self._requests[sim.request.request_id] = sim
+        if not self._timed:
+            self.tell(ev.Arrived(sim.request))
+            return
+        began_s = perf_counter()
+        actions = self.dispatcher.handle(ev.Arrived(sim.request), self._agenda.now_s)
+        self.decision_s.append(perf_counter() - began_s)
+        self._carry_all_out(actions)
+
+    def tell(self, event: ev.Event) -> None:
+        self._carry_all_out(self.dispatcher.handle(event, self._agenda.now_s))
+
+    def _carry_all_out(self, actions: list[ev.Action]) -> None:
+        for action in actions:
+            self._carry_out(action)
+        at_s = self.dispatcher.next_wake_s()
+        if at_s is not None and at_s != self._wake_s:
+            self._wake_s = at_s
+            self._agenda.at(max(at_s, self._agenda.now_s), lambda: self._wake(at_s))
+
+    def _wake(self, at_s: float) -> None:
+        if self._wake_s == at_s:
+            self._wake_s = None
+        self.tell(ev.TimePassed())
+
+    def _carry_out(self, action: ev.Action) -> None:
+        match action:
+            case ev.Reserve(request_id, lease_id, candidates):
+                if self._store is None:
+                    self.tell(ev.Reserved(request_id, lease_id, candidates[0].backend))
+                else:
+                    self.tell(self._store.reserve(request_id, lease_id, candidates))
+            case ev.Open():
+                self._open_stream(action)
+            case ev.Refuse(request_id, refusal):
+                self._end(self._requests[request_id], None, RequestEnd.REFUSED, refusal.kind.value)
+            case ev.Claim():
+                self._claim(action)
+            case ev.HandBack(backend, epoch):
+                if self._store is None:
+                    self.tell(ev.HandedBack(backend, epoch + 1))
+                else:
+                    self.tell(self._store.hand_back(backend, epoch))
+            case ev.Release(lease_id):
+                if self._store is not None:
+                    self._store.release(lease_id)
+            case ev.Hold():
+                pass
+
+    def _open_stream(self, action: ev.Open) -> None:
+        sim = self._requests[action.request_id]
+        self._open[action.lease_id] = (sim, action)
+        try:
+            opened = self._fleet.open(self, sim, action.lease_id, action.backend)
+        except SequenceTooLong as error:
+            del self._open[action.lease_id]
+            self.tell(ev.OpenFailed(action.request_id, action.lease_id, retryable=False, cause=str(error)))
+            self._end(sim, action, RequestEnd.FAILED, "too_long")
+            return
+        if not opened:
+            del self._open[action.lease_id]
+            self.tell(ev.OpenFailed(action.request_id, action.lease_id, retryable=True, cause="down"))
+
+    def _claim(self, action: ev.Claim) -> None:
+        backend = action.backend
+        answer: ev.Event
+        if self._store is None:
+            answer = ev.Claimed(backend, action.tier, action.expected_epoch + 1)
+        else:
+            answer = self._store.claim(backend, action.tier, action.expected_epoch)
+        from_pool = self.dispatcher.fleet[backend].tier is None
+        wait_s = self._startup_s if from_pool and isinstance(answer, ev.Claimed) else 0.0
+        if not wait_s:
+            self.tell(answer)
+            return
+        self._fleet.starting.add(backend)
+
+        def started() -> None:
+            self._fleet.starting.discard(backend)
+            self.tell(answer)
+
+        self._agenda.at(self._agenda.now_s + wait_s, started)
+
+    def finished(self, lease_id: str, tokens: int) -> None:
+        """A stream came to its natural end."""
+        sim, action = self._open.pop(lease_id)
+        self._end(sim, action, RequestEnd.FINISHED, None)
+        self.tell(ev.Ended(lease_id, ev.EndKind.FINISHED, tokens))
+
+    def lost(self, lease_id: str, tokens: int) -> None:
+        """A stream's engine crashed after `tokens` tokens; before the first, another backend may be tried."""
+        sim, action = self._open.pop(lease_id)
+        if tokens:
+            self._end(sim, action, RequestEnd.FAILED, "engine_down")
+            self.tell(ev.Ended(lease_id, ev.EndKind.FAILED, tokens))
+        else:
+            self.tell(ev.OpenFailed(action.request_id, lease_id, retryable=True, cause="engine down"))
+
+    def _end(self, sim: SimRequest, action: ev.Open | None, end: RequestEnd, reason: str | None) -> None:
+        request = sim.request
+        del self._requests[request.request_id]
+        times = None
+        predicted_ttft_s = predicted_tpot_s = None
+        if action is not None:
+            if end is RequestEnd.FINISHED:
+                times = self._fleet.close(action.lease_id, action.backend, request)
+            for candidate in reversed(action.decision.candidates):
+                if candidate.backend == action.backend:
+                    predicted_ttft_s, predicted_tpot_s = candidate.ttft_s, candidate.tpot_s
+                    break
+        self._fleet.ended(
+            Served(
+                sim=sim,
+                end=end,
+                ended_s=self._agenda.now_s,
+                reason=reason,
+                rung=None if action is None else action.decision.outcome,
+                backend=None if action is None else action.backend,
+                times=times,
+                predicted_ttft_s=predicted_ttft_s,
+                predicted_tpot_s=predicted_tpot_s,
+            )
+        )
