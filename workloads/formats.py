@@ -193,7 +193,7 @@ def _bailian(line: Line) -> Row:
 
 def _tiergate(line: Line) -> Row:
     end = line.text("end")
-    sequences = max(1, line.tokens("sequences"))
+    sequences = max(1, line.tokens("sequences")) if "sequences" in line.fields else 1
     try:
         slo = Slo(line.optional("promised_ttft_s"), line.optional("promised_tpot_s"))
     except ValueError as error:
