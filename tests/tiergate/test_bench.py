@@ -106,10 +106,11 @@ def test_nothing_finished_is_a_failure(free_port: Callable[[], int], tiergate_co
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--trace", "arxiv_summarization", "--tiers", "chat=1"), "says no arrivals, or all at once"),
         (("--poisson", "1", "--tiers", "nope=1"), "no SLO is known for 'nope'"),
         (("--poisson", "1", "--tiers", "chat=1", "--duration", "-1"), "measured time must be positive"),
         (("--poisson", "0", "--tiers", "chat=1"), "rate_rps must be positive"),
-        (("--trace", "missing.csv", "--tiers", "chat=1"), "no shipped trace is called 'missing.csv'"),
+        (("--trace", "missing.csv", "--tiers", "chat=1"), "no trace 'missing.csv': it is a file"),
         (("--poisson", "1", "--tiers", "chat=1", "--token-ids", "512"), "need the completions route"),
         (("--poisson", "1", "--tiers", "chat=1", "--goodput", "--runs", "1"), "at least 2 runs"),
     ],

@@ -38,9 +38,9 @@ from workloads.traces import (
     Trace,
     TraceError,
     limit_lengths,
-    load_trace,
+    named_trace,
     scale_rate,
-    shipped_trace,
+    shipped,
     spread_ticks,
     time_window,
 )
@@ -88,9 +88,7 @@ def _add_server(server: argparse._ArgumentGroup) -> None:
 
 def _add_load(load: argparse._ArgumentGroup) -> None:
     source = load.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--trace", help="a trace file, or the name of a shipped one (azure2023_conv, azure2023_code)"
-    )
+    source.add_argument("--trace", help=f"a trace file, or the name of a shipped one ({', '.join(shipped())})")
     source.add_argument("--poisson", type=float, metavar="RATE", help="requests/s with random gaps")
     load.add_argument("--prompt-tokens", type=int, default=256, help="with --poisson")
     load.add_argument("--output-tokens", type=int, default=128, help="with --poisson")
@@ -282,8 +280,9 @@ class _Bench:
         args = self._args
         if args.trace is None:
             return None
-        path = Path(args.trace)
-        trace = load_trace(path) if path.is_file() else shipped_trace(args.trace)
+        trace = named_trace(args.trace)
+        if len(trace.requests) > 1 and not trace.duration_s:
+            raise WorkloadError(f"--trace: {trace.name} says no arrivals, or all at once; take --poisson instead")
         trace = spread_ticks(trace, random.Random(f"{args.seed}:ticks"))
         if args.from_s:
             trace = time_window(trace, args.from_s, trace.duration_s)
