@@ -1,6 +1,6 @@
 """What is offered to a fleet, live or simulated; everything is seeded.
 
-* ``traces``: real traces in their native formats; slices and scaling.
+* ``formats``, ``traces``: real traces in their native formats; slices and scaling.
 * ``arrivals``: when requests come.
 * ``mix``, ``plan``: which tier each request asks for, and which of them are measured.
 """
