@@ -13,6 +13,7 @@ class Verdict(Enum):
     FIRST_TOKEN = "first_token"  # its own TTFT would be missed
     SECOND_TOKEN = "second_token"  # TTFT + TPOT would be missed (wait-time-aware, PolyServe §4.6)
     STEADY_STATE = "steady_state"  # steps would become slower than the tightest promise on board
+    CHUNK = "chunk"  # on a driven engine, its chunks would become too small to make the TTFT
     RESIDENT_SLACK = "resident_slack"  # a resident's token would be late while this prompt is prefilled
     MEMORY = "memory"  # KV would not hold everybody at the peak
     FULL = "full"  # the engine's own cap on running sequences

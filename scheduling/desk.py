@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nsmallest
 
 from scheduling.events import EndKind
 from scheduling.tickets import Phase, Ticket
@@ -71,6 +71,10 @@ class Queue:
             heappop(heap)
         return None
 
+    def behind(self, count: int) -> list[_Entry]:
+        """The `count` after the first, in order."""
+        return nsmallest(count + 1, filter(_waits, self._heap))[1:]
+
     def live(self) -> list[Ticket]:
         """All of them in order; for looking at, not for deciding."""
         return [entry[2] for entry in sorted(self._heap) if _waits(entry)]
@@ -108,8 +112,19 @@ class Desk:
         fronts = [front for kind, queue in queues.items() if kind not in but and (front := queue.front())]
         return min(fronts)[2] if fronts else None
 
+    def behind(self, name: str, count: int) -> list[Ticket]:
+        """Those after the first of each kind who wait for a tier, up to `count` of each, in order."""
+        queues = self._queues.get(name, {}).values()
+        return [entry[2] for entry in sorted(entry for queue in queues for entry in queue.behind(count))]
+
     def queued(self, name: str) -> int:
         return sum(map(len, self._queues.get(name, {}).values()))
+
+    def waits_before(self, ticket: Ticket, key: float) -> bool:
+        """Whether one of its tier and kind waits that goes before it."""
+        queue = self._queues.get(_queue_name(ticket), {}).get(kind_of(ticket))
+        front = queue.front() if queue is not None else None
+        return front is not None and front[0] <= key
 
     def held(self, tiers: TierSet) -> Mapping[str, int]:
         """How many wait, by tier (and RELEGATED), where anybody ever did."""

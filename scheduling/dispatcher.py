@@ -21,7 +21,7 @@ from scheduling.desk import RELEGATED, Counts, Desk, Kind, kind_of
 from scheduling.feasible import Ask
 from scheduling.fleet import Fleet, is_open
 from scheduling.ladder import Ladder
-from scheduling.ledger import Ledger, expected_output_tokens
+from scheduling.ledger import Ledger
 from scheduling.lengths import FixedLength, LengthModel
 from scheduling.load import LoadVector
 from scheduling.options import Options
@@ -29,6 +29,7 @@ from scheduling.placing import Look
 from scheduling.policies.protocol import Policy
 from scheduling.refusing import at_once
 from scheduling.requests import Request
+from scheduling.residents import expected_output_tokens
 from scheduling.tickets import Phase, Ticket
 from scheduling.tiers import TierSet
 
@@ -134,6 +135,8 @@ class Dispatcher:
         refusal = at_once(ticket, self.fleet)
         if refusal is not None:
             self._ladder.refuse(ticket, refusal, now_s, out)
+        elif not self.options.overtaking and self._desk.waits_before(ticket, self.policy.held_key(request)):
+            self._ladder.wait(ticket, Look(None, (), 0, {}, "others of its tier wait before it"), now_s, out)
         else:
             self._ladder.place_or_hold(ticket, now_s, out)
 
@@ -298,6 +301,9 @@ class Dispatcher:
             while ticket := self._desk.head(name, failed):
                 if not self._ladder.try_on(ticket, ledger, now_s, out):
                     failed.add(kind_of(ticket))
+            if self.options.scan_held > 1:
+                for ticket in self._desk.behind(name, self.options.scan_held - 1):
+                    self._ladder.try_on(ticket, ledger, now_s, out)
 
     def _offer_all(self, now_s: float, out: list[ev.Action]) -> None:
         for ledger in list(self.fleet):

@@ -16,6 +16,8 @@ from scheduling import events as ev
 from scheduling.feasible import judge
 from scheduling.fleet import Fleet, is_open
 from scheduling.ledger import Ledger
+from scheduling.options import Options
+from scheduling.policies.protocol import Policy
 from scheduling.shares import Move, Shares
 from scheduling.tickets import Ticket
 from scheduling.tiers import Tier
@@ -36,13 +38,11 @@ class _Demand:
 class Elastic:
     """Proposes claims and hand-backs; the store decides, `settle` takes the answer."""
 
-    def __init__(
-        self, fleet: Fleet, handback_checks: int, uses_pool: bool = True, moves_per_round: int = 1
-    ) -> None:
+    def __init__(self, fleet: Fleet, policy: Policy, options: Options) -> None:
         self._fleet = fleet
-        self._handback_checks = handback_checks
-        self._uses_pool = uses_pool
-        self._moves_per_round = moves_per_round
+        self._options = options
+        self._uses_pool = policy.uses_pool
+        self._checks = policy.checks
         self._shares = Shares()
         self._demand: dict[str, _Demand] = {}  # of the round, by tier
 
@@ -59,7 +59,7 @@ class Elastic:
                 continue
             if not ledger.backend.serves(ticket.request.model):
                 continue
-            if judge(ledger, ticket.ask, tier.host_tpot_s, now_s).feasible:
+            if judge(ledger, ticket.ask, tier.host_tpot_s, now_s, self._checks).feasible:
                 return _claim(ledger, tier, f"tier {tier.name} holds requests; {ledger.backend.name} is free")
         if fleet.tier_size(tier.name):
             return None
@@ -89,7 +89,7 @@ class Elastic:
                 ledger.empty_checks = 0
                 continue
             ledger.empty_checks += 1
-            if ledger.empty_checks >= self._handback_checks:
+            if ledger.empty_checks >= self._options.handback_checks:
                 ledger.empty_checks = 0
                 back.append(ev.HandBack(ledger.backend.name, ledger.epoch))
         return back
@@ -152,7 +152,7 @@ class Elastic:
         held = {name: fleet.tier_size(name) for name in order}
         claims: list[ev.Claim] = []
         move = self._shares.close_round(held, order)
-        while move is not None and len(claims) < self._moves_per_round:
+        while move is not None and len(claims) < self._options.moves_per_round:
             claim = self._relabel(move)
             if claim is None:
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from scheduling.checks import ALL_CHECKS, Checks, KvGrowth
 from scheduling.decisions import Verdict
 from scheduling.ledger import DEFAULT_CHUNK_TOKENS, SLACK_RESERVE, Ledger
 from scheduling.load import Limits
@@ -64,19 +65,21 @@ def fits_hard_limits(ledger: Ledger, ask: Ask) -> Verdict | None:
     return None
 
 
-def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float) -> Judgement:
-    """Every promise, in order: caps, memory, steady state, first token, second token, residents' slack."""
+def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float, checks: Checks = ALL_CHECKS) -> Judgement:
+    """Every promise, in order: caps, memory, steady state, first token, second token, chunk or residents'
+    slack."""
     backend = ledger.backend
     pace_s = min(ledger.binding_tpot_s(host_tpot_s), ask.own_tpot_s, ledger.tightest_tpot_s)
     enforced = backend.calibrated
-    if enforced and ledger.floor_s * backend.margin > pace_s:
+    peaks = checks.kv_growth is not KvGrowth.CURRENT
+    if enforced and peaks and ledger.floor_s * backend.margin > pace_s:
         return Judgement(Verdict.STEADY_STATE, tpot_s=ledger.floor_s, pace_s=pace_s)
     hard = fits_hard_limits(ledger, ask)
     if hard is not None:
         return Judgement(hard, pace_s=pace_s)
 
     request = ask.request
-    peak = ledger.peak_kv_with(request.prompt_tokens, ask.output_tokens, request.sequences)
+    peak = _kv_with(ledger, ask, checks.kv_growth)
     capacity = backend.limits.kv_tokens
     if capacity is not None and peak > capacity and ledger.seqs:
         return Judgement(Verdict.MEMORY, None, None, peak, pace_s)
@@ -86,24 +89,52 @@ def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float) -> Judgeme
 
     prefill = walk_prefill(ledger, request, now_s, pace_s)
     ttft_s = now_s - request.arrival_s + prefill.service_s
-    verdict = _wait_verdict(ledger, ask, prefill, now_s) if enforced else Verdict.FEASIBLE
+    verdict = _wait_verdict(ledger, ask, prefill, now_s, checks) if enforced else Verdict.FEASIBLE
     expected_s = None
     if verdict is Verdict.FEASIBLE:
         # later placements keep this pace too, so prompts cannot stretch it beyond
-        expected_s = min(expected_tpot_s(ledger, steady_s, now_s), max(pace_s, steady_s))
+        expected_s = min(expected_tpot_s(ledger, steady_s, now_s, pace_s), max(pace_s, steady_s))
     return Judgement(verdict, ttft_s, steady_s, peak, pace_s, prefill, expected_s)
 
 
-def _wait_verdict(ledger: Ledger, ask: Ask, prefill: Prefill, now_s: float) -> Verdict:
-    margin = ledger.backend.margin
+def _kv_with(ledger: Ledger, ask: Ask, growth: KvGrowth) -> int:
+    """The KV that everybody will need together once the newcomer is there."""
+    request = ask.request
+    seqs = request.sequences
+    if growth is KvGrowth.PEAK:
+        return ledger.peak_kv_with(request.prompt_tokens, ask.output_tokens, seqs)
+    kv_tokens = ledger.kv_tokens + request.prompt_tokens * seqs
+    if growth is KvGrowth.UPPER:
+        kv_tokens += math.ceil((ledger.seqs + seqs) * ask.output_tokens)
+    return kv_tokens
+
+
+def _wait_verdict(ledger: Ledger, ask: Ask, prefill: Prefill, now_s: float, checks: Checks) -> Verdict:
+    backend = ledger.backend
+    margin = backend.margin
     first_s = now_s + prefill.service_s * margin
-    if first_s > ask.ttft_due_s:
+    if checks.first_token and first_s > ask.ttft_due_s:
         return Verdict.FIRST_TOKEN
-    if first_s + prefill.next_step_s * margin > ask.ttft_due_s + ask.own_tpot_s:
+    if checks.second_token and first_s + prefill.next_step_s * margin > ask.ttft_due_s + ask.own_tpot_s:
         return Verdict.SECOND_TOKEN
-    if not residents_keep_pace(ledger, prefill):
+    if backend.dynamic_chunk:
+        # its steps keep the pace of everybody on board, so no prompt makes a resident late
+        if checks.chunk_kept and checks.first_token and not _chunk_lasts(prefill, margin, ask.ttft_due_s - now_s):
+            return Verdict.CHUNK
+    elif checks.resident_slack and not residents_keep_pace(ledger, prefill):
         return Verdict.RESIDENT_SLACK
     return Verdict.FEASIBLE
+
+
+def _chunk_lasts(prefill: Prefill, margin: float, left_s: float) -> bool:
+    """Whether the least chunk on the way, were every step to carry no more, still makes the first token in time.
+
+    PolyServe §4.7 admits only "if the predicted chunk size can be maintained throughout the prefill process".
+    """
+    if prefill.steps <= 1 or math.isinf(left_s):
+        return True
+    steps = math.floor((left_s - prefill.wait_s * margin) / (prefill.first_step_s * margin))
+    return prefill.tokens <= steps * prefill.least_chunk_tokens
 
 
 def residents_keep_pace(ledger: Ledger, prefill: Prefill) -> bool:
@@ -145,6 +176,8 @@ def limits_for(ledger: Ledger, ask: Ask, judged: Judgement) -> Limits:
     more = _room(ledger, judged, kv_each, seqs)
     prefill = judged.prefill
     chunk = ledger.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS
+    if prefill is not None and prefill.least_chunk_tokens:
+        chunk = min(chunk, prefill.least_chunk_tokens)
     prefill_room = chunk
     if prefill is not None and math.isfinite(ask.ttft_due_s) and judged.ttft_s is not None:
         left_s = max(ask.ttft_due_s - request.arrival_s - judged.ttft_s, 0.0)

@@ -118,10 +118,11 @@ class Fleet:
         ledgers = self._ledgers
         return [ledgers[key[2]] for key in self._order.get(tier, ())]
 
-    def walk_tier(self, tier: str) -> Iterator[Ledger]:
+    def walk_tier(self, tier: str, emptiest_first: bool = False) -> Iterator[Ledger]:
         """The same without building the list: for a walk that stops early. Do not change the fleet in it."""
         ledgers = self._ledgers
-        for key in self._order.get(tier, ()):
+        order = self._order.get(tier, ())
+        for key in reversed(order) if emptiest_first else order:
             yield ledgers[key[2]]
 
     def tier_size(self, tier: str) -> int:

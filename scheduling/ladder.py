@@ -14,11 +14,12 @@ from scheduling.decisions import Decision, Outcome, Refusal, RefusalKind
 from scheduling.desk import Desk
 from scheduling.elastic import Elastic
 from scheduling.fleet import Fleet
-from scheduling.ledger import Ledger, Resident
+from scheduling.ledger import Ledger
 from scheduling.options import Options
 from scheduling.placing import Choice, Look, candidate_for, look, reason_for
 from scheduling.policies.protocol import Admission, Policy, Stage
 from scheduling.refusing import latest_start_s, pace_unreachable, retry_after_s, too_late, too_tight
+from scheduling.residents import Resident
 from scheduling.tickets import Ticket
 from scheduling.tiers import OnMiss
 
@@ -31,7 +32,7 @@ class Ladder:
         self._desk = desk
         self._policy = policy
         self._options = options
-        self._elastic = Elastic(fleet, options.handback_checks, policy.uses_pool, options.moves_per_round)
+        self._elastic = Elastic(fleet, policy, options)
 
     @property
     def elastic(self) -> Elastic:
@@ -64,7 +65,12 @@ class Ladder:
         policy, request = self._policy, ticket.request
         stages = policy.last_resort if ticket.relegated else policy.stages
         return look(
-            stages(request, ticket.tier, self._fleet, now_s), ticket.ask, policy.admission, now_s, ticket.excluded
+            stages(request, ticket.tier, self._fleet, now_s),
+            ticket.ask,
+            policy.admission,
+            now_s,
+            ticket.excluded,
+            policy.checks,
         )
 
     def hold(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
@@ -82,6 +88,9 @@ class Ladder:
     def give_up_promise(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
         """Its first token cannot be on time any more: refuse, or serve with what is left."""
         request = ticket.request
+        if not self._options.refuses and not self._too_tight(ticket):
+            self._serve_late(ticket, now_s, out)
+            return
         if request.slo_stated and ticket.tier.on_miss is OnMiss.REFUSE:
             if self._too_tight(ticket):
                 refusal = too_tight(ticket)
@@ -98,6 +107,17 @@ class Ladder:
         else:
             self.hold(ticket, again, now_s, out)
 
+    def _serve_late(self, ticket: Ticket, now_s: float, out: list[ev.Action]) -> None:
+        """It keeps its place in its tier's queue, and its pace; only its first token is late (PolyServe has no
+        refusal)."""
+        ticket.until_s = math.inf
+        ticket.ask = replace(ticket.ask, ttft_due_s=math.inf)
+        again = self.look_over(ticket, now_s)
+        if again.choice is not None:
+            self.reserve(ticket, again.choice, again, now_s, out)
+        else:
+            self.wait(ticket, again, now_s, out)
+
     def _too_tight(self, ticket: Ticket) -> bool:
         return self._policy.admission is Admission.EVERY_PROMISE and pace_unreachable(ticket, self._fleet)
 
@@ -109,7 +129,7 @@ class Ladder:
         candidate = candidate_for(choice, ticket.ask)
         guest = choice.outcome is Outcome.PROMOTED
         resident = Resident(lease_id, request, candidate.cost, ticket.lengths, now_s, guest=guest)
-        resident.lost = ticket.relegated
+        resident.lost = ticket.relegated or ticket.ask.ttft_due_s > resident.due_s  # late: it gave up its promise
         if choice.judged.prefill is not None:
             resident.expected_first_s = now_s + choice.judged.prefill.service_s
         ledger.place(resident, now_s)
@@ -152,7 +172,8 @@ class Ladder:
         stage = self._stage_on(ticket, ledger, now_s)
         if stage is None:
             return False
-        found = look((stage,), ticket.ask, self._policy.admission, now_s, ticket.excluded)
+        policy = self._policy
+        found = look((stage,), ticket.ask, policy.admission, now_s, ticket.excluded, policy.checks)
         if found.choice is None:
             return False
         self.reserve(ticket, found.choice, found, now_s, out)

@@ -18,6 +18,10 @@ class Options:
         max_attempts: backends tried for one request before its first byte.
         max_store_refusals: times a decision is made again after the store said no, before the request is held.
         look_again_s: how often those who wait are looked at though nothing was heard of any backend.
+        scan_held: how many of each queue are tried on a backend that got better: 1 is head of line.
+        overtaking: whether a newcomer is placed at once where it fits, though others of its tier wait before it.
+        refuses: whether a request that cannot be on time any more is refused, or relegated where its tier says so;
+            else it waits on and is served late, as in PolyServe.
         max_held: held requests at most; beyond it the newcomer is refused.
         cooldown_s: a backend that failed before a first byte rests this long, doubling up to 32 times.
     """
@@ -30,5 +34,8 @@ class Options:
     max_attempts: int = 3
     max_store_refusals: int = 2
     look_again_s: float = 1.0
+    scan_held: int = 1
+    overtaking: bool = True
+    refuses: bool = True
     max_held: int = 10_000
     cooldown_s: float = 0.25

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from scheduling.backends import BackendState
+from scheduling.checks import ALL_CHECKS, Checks, KvGrowth
 from scheduling.decisions import Candidate, Outcome, Verdict
 from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge, limits_for
 from scheduling.ledger import Ledger
@@ -36,15 +37,23 @@ class Look:
     candidates: tuple[Candidate, ...]
     looked_at: int
     verdicts: dict[Verdict, int]
+    cause: str = ""
 
     def why(self) -> str:
-        """The verdicts, counted, most frequent first."""
+        """The verdicts, counted, most frequent first; or why nothing was looked at."""
+        if self.cause:
+            return self.cause
         counted = sorted(self.verdicts.items(), key=lambda item: (-item[1], item[0].value))
         return ", ".join(f"{count} {verdict.value}" for verdict, count in counted) or "no backend"
 
 
 def look(
-    stages: Iterable[Stage], ask: Ask, admission: Admission, now_s: float, excluded: frozenset[str] = frozenset()
+    stages: Iterable[Stage],
+    ask: Ask,
+    admission: Admission,
+    now_s: float,
+    excluded: frozenset[str] = frozenset(),
+    checks: Checks = ALL_CHECKS,
 ) -> Look:
     """Walk the stages and stop at the first backend that passes."""
     seen: list[tuple[Ledger, Verdict, Judgement | None]] = []
@@ -67,11 +76,11 @@ def look(
                 continue
             if every_promise:
                 pace_s = min(ledger.binding_tpot_s(host_s), own_s)
-                hopeless = _at_a_glance(ledger, ask, pace_s, prompt_tokens, now_s)
+                hopeless = _at_a_glance(ledger, ask, pace_s, prompt_tokens, now_s, checks)
                 if hopeless is not None:
                     seen.append((ledger, hopeless, None))
                     continue
-                judged = judge(ledger, ask, host_s, now_s)
+                judged = judge(ledger, ask, host_s, now_s, checks)
             else:
                 judged = _judge_own(ledger, ask, host_s, now_s)
             seen.append((ledger, judged.verdict, judged))
@@ -80,7 +89,9 @@ def look(
     return _found(seen, None)
 
 
-def _at_a_glance(ledger: Ledger, ask: Ask, pace_s: float, prompt_tokens: int, now_s: float) -> Verdict | None:
+def _at_a_glance(
+    ledger: Ledger, ask: Ask, pace_s: float, prompt_tokens: int, now_s: float, checks: Checks
+) -> Verdict | None:
     """A promise that breaks however the rest turns out, seen without a prediction; None when there is none.
 
     Even one more token of KV makes steps too slow; even the first chunk of the prompt makes a resident late; even
@@ -88,15 +99,21 @@ def _at_a_glance(ledger: Ledger, ask: Ask, pace_s: float, prompt_tokens: int, no
     room for its prompt.
     """
     backend = ledger.backend
+    peaks = checks.kv_growth is not KvGrowth.CURRENT
     if backend.calibrated:
-        if ledger.floor_s * backend.margin > pace_s:
+        margin = backend.margin
+        if peaks and ledger.floor_s * margin > pace_s:
             return Verdict.STEADY_STATE
-        if prompt_tokens > ledger.chunk_room_tokens and not backend.dynamic_chunk:
+        driven = backend.dynamic_chunk
+        if not driven and prompt_tokens > ledger.chunk_room_tokens and checks.resident_slack:
             return Verdict.RESIDENT_SLACK
-        if not backend.dynamic_chunk:
-            floor_s = ledger.first_token_floor_s(prompt_tokens, now_s)
-            if now_s + floor_s * backend.margin > ask.ttft_due_s:
+        if checks.first_token:
+            within_s = min(pace_s, ledger.tightest_tpot_s) / margin if driven else math.inf
+            floor_s = ledger.first_token_floor_s(prompt_tokens, now_s, within_s)
+            if now_s + floor_s * margin > ask.ttft_due_s:
                 return Verdict.FIRST_TOKEN
+    if not peaks:
+        return None
     capacity = backend.limits.kv_tokens
     if (
         capacity is not None
@@ -125,7 +142,7 @@ def _judge_own(ledger: Ledger, ask: Ask, host_s: float, now_s: float) -> Judgeme
     late = ledger.backend.calibrated and now_s + prefill.service_s * ledger.backend.margin > ask.ttft_due_s
     if late:
         return Judgement(Verdict.FIRST_TOKEN, ttft_s, steady_s, peak, math.inf, prefill)
-    expected_s = expected_tpot_s(ledger, steady_s, now_s)
+    expected_s = expected_tpot_s(ledger, steady_s, now_s, driven_s)
     return Judgement(Verdict.FEASIBLE, ttft_s, steady_s, peak, math.inf, prefill, expected_s)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from scheduling.ledger import DEFAULT_CHUNK_TOKENS, Ledger
 from scheduling.requests import Request
-from tiergate_engine.step import Step
 
 MOST_PREFILL_SHARE = 0.75
 """Largest share of time that prompts are expected to take from decodes: beyond it no mean is meaningful."""
@@ -26,7 +25,8 @@ class Prefill:
     ``wait_s``: until the step in flight ends; ``first_step_s`` and ``total_s``: the longest and all steps that
     carry prompt chunks, up to the newcomer's own last; ``steps``: how many; ``own_s`` and ``own_steps``: those of
     them behind the last prompt that is ahead; ``next_step_s``: the decode step after them, which brings its
-    second token.
+    second token. Of a driven engine also ``tokens``, all that have to be computed up to the newcomer's first
+    token, and ``least_chunk_tokens``, the smallest full chunk on the way; else 0.
     """
 
     wait_s: float
@@ -36,6 +36,8 @@ class Prefill:
     own_s: float
     own_steps: float
     next_step_s: float
+    tokens: int = 0
+    least_chunk_tokens: int = 0
 
     @property
     def service_s(self) -> float:
@@ -50,18 +52,21 @@ def steady_step_s(ledger: Ledger, request: Request, peak_kv_tokens: int) -> floa
     return ledger.backend.step_time.decode_seconds(ledger.seqs + request.sequences, peak_kv_tokens)
 
 
-def expected_tpot_s(ledger: Ledger, steady_s: float, now_s: float) -> float:
+def expected_tpot_s(ledger: Ledger, steady_s: float, now_s: float, pace_s: float) -> float:
     """The mean pace to expect: the steady step, stretched by the steps that carry other requests' prompts.
 
     With m chunk-bearing steps a second that take t_mix instead of t, time per output token is
-    t / (1 - m (t_mix - t)). Prompts are expected to keep coming as they did lately.
+    t / (1 - m (t_mix - t)). Prompts are expected to keep coming as they did lately. `pace_s` sets the chunk of an
+    engine that is driven.
     """
-    chunk = max((ledger.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - ledger.seqs, 1)
+    backend = ledger.backend
+    if backend.dynamic_chunk and pace_s < math.inf:
+        chunk, mixed_s = ledger.chunk_within(pace_s / backend.margin)
+    else:
+        chunk = max((backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - ledger.seqs, 1)
+        mixed_s = backend.step_time.seconds_of(chunk, 1, 0, chunk * chunk / 2, ledger.seqs, ledger.kv_tokens)
     chunks_per_s = ledger.prefill_tokens_per_s(now_s) / chunk
-    mixed_s = max(
-        ledger.backend.step_time.seconds_of(chunk, 1, 0, chunk * chunk / 2, ledger.seqs, ledger.kv_tokens),
-        steady_s,
-    )
+    mixed_s = max(mixed_s, steady_s)
     busy = min(chunks_per_s * (mixed_s - steady_s), MOST_PREFILL_SHARE)
     return steady_s / (1.0 - busy)
 
@@ -74,12 +79,14 @@ def own_prompt_tokens(request: Request) -> int:
 def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) -> Prefill:
     """Walk the steps until the newcomer's first token. `pace_s` sets the chunk of an engine that is driven."""
     backend = ledger.backend
+    if backend.dynamic_chunk and pace_s < math.inf:
+        return _walk_driven(ledger, request, now_s, pace_s / backend.margin)
     seconds_of = backend.step_time.seconds_of
     decodes = ledger.decodes
     kv_tokens = ledger.decode_kv_tokens
     cached = request.cached_tokens
     own = own_prompt_tokens(request)
-    chunk = _chunk_tokens(ledger, request, pace_s)
+    chunk = ledger.full_chunk_tokens
     ahead, wait_s = _ahead(ledger, chunk, now_s)
     decodes += ledger.queued // 2  # those ahead begin to decode on the way
 
@@ -116,15 +123,79 @@ def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) 
     )
 
 
-def _chunk_tokens(ledger: Ledger, request: Request, pace_s: float) -> int:
-    """Prompt tokens per step. A driven engine shrinks chunks to the pace (dynamic chunking, PolyServe §4.7)."""
+def _walk_driven(ledger: Ledger, request: Request, now_s: float, within_s: float) -> Prefill:
+    """The same on an engine that shrinks chunks so that every step is done within a time (PolyServe §4.7).
+
+    The chunk falls as those ahead begin to decode, as everybody's KV grows by a token a step, and with the
+    prompt's own context. It falls almost in a straight line, so a stretch takes its tokens over the logarithmic
+    mean of the chunks at its ends. Nobody is taken to leave on the way.
+    """
     backend = ledger.backend
-    room = ledger.full_chunk_tokens
-    if not backend.dynamic_chunk or math.isinf(pace_s):
-        return room
-    base = Step.decode(ledger.decodes, ledger.decode_kv_tokens)
-    context = request.cached_tokens + request.prompt_tokens // 2
-    return max(backend.step_time.chunk_tokens(base, pace_s / backend.margin, context, room), 1)
+    seconds_of = backend.step_time.seconds_of
+    decodes, kv_tokens = ledger.decodes, ledger.decode_kv_tokens
+    cached = request.cached_tokens
+    own = own_prompt_tokens(request)
+    chunk, full_s = ledger.chunk_within(within_s)
+    ahead, wait_s = _ahead(ledger, chunk, now_s)
+    next_s = backend.step_time.decode_seconds(
+        ledger.decodes + ledger.queued + request.sequences, kv_tokens + request.prompt_tokens * request.sequences
+    )
+    ahead_steps, least, least_s = 0.0, chunk, full_s
+    if ledger.queued:
+        # they decode by the time the newcomer's prompt is at its first chunk
+        decodes += ledger.queued
+        kv_tokens = ledger.kv_tokens + int(ahead / chunk * decodes)
+        least, least_s = _chunk_near(ledger, chunk, within_s, cached, decodes, kv_tokens)
+        ahead_steps = ahead / _log_mean(chunk, least)
+    first = least
+    if own > first or cached:
+        kv_tokens += int(own / first * decodes)
+        context = cached + max(own - first, 0)
+        least, least_s = _chunk_near(ledger, first, within_s, context, decodes, kv_tokens)
+    own_steps = own / _log_mean(first, least)
+    steps = max(math.ceil(ahead_steps + own_steps - 1e-9), 1)
+    last = max(int((ahead_steps + own_steps - (steps - 1)) * least), 1)
+    last_own = min(last, own)
+    last_context = cached + own - last_own
+    last_s = seconds_of(last, 1, last_context, last_own * (last_context + last_own / 2), decodes, kv_tokens)
+    mean_s = (full_s + least_s) / 2
+    total_s = (steps - 1) * mean_s + last_s
+    behind = max(own_steps, 1.0)
+    first_step_s = max(full_s, least_s) if steps > 1 else last_s
+    return Prefill(
+        wait_s,
+        first_step_s,
+        total_s,
+        steps,
+        (behind - 1.0) * mean_s + last_s,
+        behind,
+        next_s,
+        ahead + own,
+        least,
+    )
+
+
+def _chunk_near(
+    ledger: Ledger, most: int, within_s: float, context: int, decodes: int, kv_tokens: int
+) -> tuple[int, float]:
+    """The largest chunk up to `most` that keeps a step within a time, by one secant, and the step's time.
+
+    At least one token. `most` is a chunk of the same engine in a lighter state, so it is near.
+    """
+    seconds_of = ledger.backend.step_time.seconds_of
+    most_s = seconds_of(most, 1, context, most * (context + most / 2), decodes, kv_tokens)
+    if most_s <= within_s or most <= 1:
+        return most, most_s
+    half = most // 2
+    half_s = seconds_of(half, 1, context, half * (context + half / 2), decodes, kv_tokens)
+    slope_s = (most_s - half_s) / (most - half)
+    chunk = most - math.ceil((most_s - within_s) / slope_s) if slope_s > 0.0 else 1
+    return max(chunk, 1), within_s
+
+
+def _log_mean(a: int, b: int) -> float:
+    """The mean of what falls in a straight line from a to b, over its own progress."""
+    return (a - b) / math.log(a / b) if a != b else float(a)
 
 
 def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:

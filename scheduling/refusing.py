@@ -40,7 +40,7 @@ def latest_start_s(ticket: Ticket, fleet: Fleet, now_s: float) -> float:
     if math.isinf(due_s):
         return math.inf
     idle_s = [
-        walk_prefill(Ledger(backend), ticket.request, now_s, math.inf).total_s * backend.margin
+        walk_prefill(Ledger(backend), ticket.request, now_s, ticket.ask.own_tpot_s).total_s * backend.margin
         for backend in _fastest(ticket, fleet)
         if backend.calibrated
     ]

@@ -10,10 +10,14 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from random import Random
 from types import MappingProxyType
 
+from scheduling.checks import Checks, KvGrowth
 from scheduling.options import Options
-from scheduling.policies import make
+from scheduling.policies import Policy, make
+from scheduling.policies.polyserve import PolyServe, Promotion
+from scheduling.tiers import TierSet
 from simulator.scenario import Contender, Form, Knob
 from simulator.setup import Setup
 
@@ -73,41 +77,113 @@ _LENGTHS = KnobInfo(
     ("mean", "learned", "known"),
 )
 _MARGIN = KnobInfo("margin", 1.0, "factor on predicted times", least=1.0)
-_COMMON = (_LENGTHS, _MARGIN)
-_CHUNK = KnobInfo("chunk_tokens", 0, "static token budget of a step; 0: the engine's own default")
-_PERIOD = KnobInfo("rebalance_period_s", 2.0, "length of a round in which demand is measured", least=0.1)
-_MOVES = KnobInfo("moves_per_round", 64, "backends relabelled at most at the end of a round", least=1)
-_DRIVEN = KnobInfo("driven", True, "engines size chunks so that a step keeps its pace (PolyServe §4.7)")
+_REFUSAL = KnobInfo(
+    "refusal",
+    True,
+    "a request that cannot be on time any more is refused; else it is served late (as in PolyServe)",
+)
+_QUEUE = KnobInfo(
+    "queue",
+    "overtake",
+    "the held of a tier: overtake (a newcomer that fits goes at once, of the held only the first is tried), head "
+    "(nobody passes the first), scan (up to 64 of the held are tried, in order)",
+    ("overtake", "head", "scan"),
+)
+_COMMON = (_QUEUE, _REFUSAL, _LENGTHS, _MARGIN)
+_CHUNK = KnobInfo("chunk_tokens", 0, "token budget of a step at most; 0: the engine's own default")
+_PERIOD = KnobInfo("rebalance_period_s", 2.0, "without a pool: round in which demand is measured", least=0.1)
+_MOVES = KnobInfo("moves_per_round", 64, "without a pool: backends relabelled at most a round", least=1)
+_DRIVEN = KnobInfo(
+    "driven",
+    True,
+    "dynamic chunking: engines size chunks so that a step keeps its pace (§4.7); else a static budget",
+)
+_TIERED = (
+    KnobInfo("binning", True, "a bin per TPOT (§4.2); else one mixed pool at the tightest pace"),
+    KnobInfo("gradient", "fullest", "the backend that is tried first in a tier (§4.3)", ("fullest", "emptiest")),
+    KnobInfo(
+        "promotion", "lazy", "when requests go to tighter tiers (§4.4)", tuple(each.value for each in Promotion)
+    ),
+    KnobInfo("promotion_order", "nearest", "the tighter tier that is tried first", ("nearest", "tightest")),
+    KnobInfo("pool", True, "tiers take and give back backends (§4.3); else a split that follows demand"),
+    KnobInfo("handback_period_s", 10.0, "how often tails are looked at (§4.3)", least=0.1),
+    KnobInfo("handback_checks", 2, "empty looks in a row until a backend goes back", least=1),
+    _PERIOD,
+    _MOVES,
+    KnobInfo("wait_aware", "both", "which tokens are checked with their wait (§4.6)", ("both", "first", "off")),
+    KnobInfo("kv_growth", "peak", "the KV that is planned for (§4.5)", tuple(each.value for each in KvGrowth)),
+    KnobInfo("held_order", "deadline", "the order in which the held of a tier are tried", ("deadline", "fifo")),
+)
+_COLOCATED = (
+    _DRIVEN,
+    _CHUNK,
+    KnobInfo(
+        "chunk_prediction",
+        "strict",
+        "driven: the least chunk on the way must do for the TTFT (strict), or those predicted (weak) (§4.7)",
+        ("strict", "weak"),
+    ),
+    KnobInfo("resident_slack", True, "not driven: no resident's token may be late for a newcomer's prompt"),
+)
+_MOST_SCANNED = 64
 
 
-def _common(values: Values, setup: Setup) -> Setup:
-    return replace(setup, lengths=str(values["lengths"]), margin=float(values["margin"]))
+def _setup(values: Values, policy: Callable[[Random], Policy], form: Form = Form.COLOCATED) -> Setup:
+    """What all contenders read of their values."""
+    queue = values["queue"]
+    defaults = Options()
+    options = Options(
+        handback_period_s=float(values.get("handback_period_s", defaults.handback_period_s)),
+        handback_checks=int(values.get("handback_checks", defaults.handback_checks)),
+        rebalance_period_s=float(values.get("rebalance_period_s", defaults.rebalance_period_s)),
+        moves_per_round=int(values.get("moves_per_round", defaults.moves_per_round)),
+        scan_held=_MOST_SCANNED if queue == "scan" else 1,
+        overtaking=queue == "overtake",
+        refuses=bool(values["refusal"]),
+    )
+    return Setup(
+        policy,
+        form,
+        driven=bool(values.get("driven", False)),
+        chunk_tokens=int(values.get("chunk_tokens", 0)) or None,
+        lengths=str(values["lengths"]),
+        margin=float(values["margin"]),
+        options=options,
+    )
 
 
 def _router(policy: str, form: Form = Form.COLOCATED) -> Callable[[Values], Setup]:
-    """A policy on engines with a static token budget."""
-
-    def build(values: Values) -> Setup:
-        chunk = int(values["chunk_tokens"]) or None
-        return _common(values, Setup(lambda rng: make(policy, rng), form, chunk_tokens=chunk))
-
-    return build
+    """A registered policy without knobs of its own."""
+    return lambda values: _setup(values, lambda rng: make(policy, rng), form)
 
 
 def _polyserve(form: Form) -> Callable[[Values], Setup]:
     def build(values: Values) -> Setup:
-        return _common(values, Setup(lambda rng: make("polyserve", rng), form, driven=form is Form.COLOCATED))
+        checks = Checks(
+            first_token=values["wait_aware"] != "off",
+            second_token=values["wait_aware"] == "both",
+            resident_slack=bool(values.get("resident_slack", True)),
+            chunk_kept=values.get("chunk_prediction", "strict") == "strict",
+            kv_growth=KvGrowth(values["kv_growth"]),
+        )
+        policy = PolyServe(
+            fullest_first=values["gradient"] == "fullest",
+            promotion=Promotion(values["promotion"]),
+            nearest_first=values["promotion_order"] == "nearest",
+            uses_pool=bool(values["pool"]),
+            held_by_deadline=values["held_order"] == "deadline",
+            checks=checks,
+        )
+        setup = _setup(values, lambda _rng: policy, form)
+        return setup if values["binning"] else replace(setup, tiers=one_bin)
 
     return build
 
 
-def _silo(values: Values) -> Setup:
-    options = Options(
-        rebalance_period_s=float(values["rebalance_period_s"]), moves_per_round=int(values["moves_per_round"])
-    )
-    chunk = int(values["chunk_tokens"]) or None
-    setup = Setup(lambda rng: make("qoserve_silo", rng), driven=bool(values["driven"]), chunk_tokens=chunk)
-    return _common(values, replace(setup, options=options))
+def one_bin(tiers: TierSet) -> TierSet:
+    """One mixed pool at the tightest pace: what a fleet is without binning."""
+    tightest = tiers.tightest
+    return TierSet((replace(tightest, name="mixed"),), "mixed")
 
 
 def _entries() -> dict[str, _Entry]:
@@ -120,25 +196,28 @@ def _entries() -> dict[str, _Entry]:
         "headroom": "the fullest backend whose predictions keep the pace (llm-d)",
     }
     entries = {
-        "polyserve_co": _Entry("PolyServe, co-located", _COMMON, _polyserve(Form.COLOCATED)),
-        "polyserve_pd": _Entry("PolyServe, disaggregated", _COMMON, _polyserve(Form.DISAGGREGATED)),
+        "polyserve_co": _Entry(
+            "PolyServe, co-located", (*_TIERED, *_COLOCATED, *_COMMON), _polyserve(Form.COLOCATED)
+        ),
+        "polyserve_pd": _Entry(
+            "PolyServe, disaggregated", (*_TIERED, _CHUNK, *_COMMON), _polyserve(Form.DISAGGREGATED)
+        ),
+        "co_chunk": _Entry(
+            "the shortest predicted step, on engines with a static token budget that is swept (PolyServe §5)",
+            (replace(_CHUNK, default=512, about="static token budget of a step", least=1), *_COMMON),
+            _router("minimal"),
+        ),
+        "qoserve_silo": _Entry(
+            "a silo of backends per tier, sized by demand, least loaded within (QoServe's baseline)",
+            (_DRIVEN, _CHUNK, _PERIOD, _MOVES, *_COMMON),
+            _router("qoserve_silo"),
+        ),
     }
     for name, about in routers.items():
         entries[name] = _Entry(about, (_CHUNK, *_COMMON), _router(name))
         if name in ("random", "minimal"):
-            entries[f"{name}_pd"] = _Entry(
-                f"{about}, disaggregated", (_CHUNK, *_COMMON), _router(name, Form.DISAGGREGATED)
-            )
-    entries["co_chunk"] = _Entry(
-        "the shortest predicted step, on engines with a static token budget that is swept (PolyServe §5)",
-        (replace(_CHUNK, default=512, about="static token budget of a step", least=1), *_COMMON),
-        _router("minimal"),
-    )
-    entries["qoserve_silo"] = _Entry(
-        "a silo of backends per tier, sized by demand, least loaded within (QoServe's baseline)",
-        (_DRIVEN, _CHUNK, _PERIOD, _MOVES, *_COMMON),
-        _silo,
-    )
+            in_two = _router(name, Form.DISAGGREGATED)
+            entries[f"{name}_pd"] = _Entry(f"{about}, disaggregated", (_CHUNK, *_COMMON), in_two)
     return entries
 
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
+from scheduling.checks import ALL_CHECKS
 from scheduling.decisions import Outcome
 from scheduling.fleet import Fleet
 from scheduling.ledger import Ledger
@@ -21,6 +22,7 @@ class Baseline(ABC):
     admission = Admission.OWN_FIRST_TOKEN
     uses_tiers = False
     uses_pool = False
+    checks = ALL_CHECKS
 
     @abstractmethod
     def order(self, request: Request, fleet: Fleet, now_s: float) -> Sequence[Ledger]:

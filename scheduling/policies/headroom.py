@@ -99,6 +99,6 @@ def _room(ledger: Ledger, request: Request, now_s: float) -> _Room:
     seqs = request.sequences
     peak = ledger.peak_kv_tokens + request.prompt_tokens * seqs
     steady_s = ledger.backend.step_time.decode_seconds(ledger.seqs + seqs, peak)
-    tpot_s = expected_tpot_s(ledger, steady_s, now_s)
+    tpot_s = expected_tpot_s(ledger, steady_s, now_s, within_s)
     due_s = slo.deadline_s(request.arrival_s, 0)
     return _Room(ledger, due_s - now_s - prefill.service_s * margin, within_s - tpot_s * margin)

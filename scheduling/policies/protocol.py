@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from scheduling.checks import Checks
 from scheduling.decisions import Outcome
 from scheduling.fleet import Fleet
 from scheduling.ledger import Ledger
@@ -48,6 +49,11 @@ class Policy(Protocol):
     def uses_pool(self) -> bool:
         """Whether tiers take backends when they hold requests, and empty ones go back (PolyServe §4.3). Without,
         every backend is in some tier, and how many each has follows demand."""
+        ...
+
+    @property
+    def checks(self) -> Checks:
+        """What a placement is checked for under `Admission.EVERY_PROMISE`."""
         ...
 
     def stages(self, request: Request, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:

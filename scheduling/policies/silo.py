@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from scheduling.checks import ALL_CHECKS
 from scheduling.decisions import Outcome
 from scheduling.fleet import Fleet
 from scheduling.ledger import Ledger
@@ -25,6 +26,7 @@ class Silo:
     admission = Admission.OWN_FIRST_TOKEN
     uses_tiers = True
     uses_pool = False
+    checks = ALL_CHECKS
 
     def stages(self, request: Request, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:
         home = _home(tier, fleet)

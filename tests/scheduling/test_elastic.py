@@ -10,6 +10,8 @@ from scheduling.feasible import Ask
 from scheduling.fleet import Fleet
 from scheduling.lengths import FixedLength
 from scheduling.load import LoadVector
+from scheduling.options import Options
+from scheduling.policies.polyserve import PolyServe
 from scheduling.tickets import Ticket
 from tests.scheduling.play import TIERS, backend, request
 
@@ -20,6 +22,11 @@ def fleet_of(*homes: tuple[str, str | None], **changes: object) -> Fleet:
         fleet.put(backend(name, **changes), 0.0)
         fleet.set_membership(name, tier, 1, 0.0)
     return fleet
+
+
+def elastic_of(fleet: Fleet, handback_checks: int = 2, uses_pool: bool = True, moves: int = 1) -> Elastic:
+    options = Options(handback_checks=handback_checks, moves_per_round=moves)
+    return Elastic(fleet, PolyServe(uses_pool=uses_pool), options)
 
 
 def busy(fleet: Fleet, name: str, decodes: int = 3) -> None:
@@ -40,7 +47,7 @@ def claimed(claim: Claim | None) -> tuple[str, str, int] | None:
 
 def test_a_free_backend_is_claimed_once_at_a_time() -> None:
     fleet = fleet_of(("a", None), ("b", None))
-    elastic = Elastic(fleet, 2)
+    elastic = elastic_of(fleet, 2)
     assert claimed(elastic.claim_for(ticket("mid"), 0.0)) == ("a", "mid", 1)
     assert elastic.claim_for(ticket("mid"), 0.0) is None
     assert claimed(elastic.claim_for(ticket("fast"), 0.0)) == ("b", "fast", 1)
@@ -59,7 +66,7 @@ def test_what_cannot_help_is_not_claimed(why: str) -> None:
         wants.excluded = frozenset({"a"})
     elif why == "too slow":
         fleet.put(backend("a", margin=2.0), 0.0)
-    assert Elastic(fleet, 2).claim_for(wants, 0.0) is None
+    assert elastic_of(fleet, 2).claim_for(wants, 0.0) is None
     assert fleet["a"].claiming_for is None
 
 
@@ -67,14 +74,14 @@ def test_a_tier_that_has_a_backend_takes_none_from_its_neighbours() -> None:
     fleet = fleet_of(("a", "fast"), ("b", "slow"), ("c", "slow"))
     for name in "abc":
         busy(fleet, name)
-    assert Elastic(fleet, 2).claim_for(ticket("fast"), 0.0) is None
-    assert claimed(Elastic(fleet, 2).claim_for(ticket("mid"), 0.0)) == ("c", "mid", 1)
+    assert elastic_of(fleet, 2).claim_for(ticket("fast"), 0.0) is None
+    assert claimed(elastic_of(fleet, 2).claim_for(ticket("mid"), 0.0)) == ("c", "mid", 1)
 
 
 def test_tails_go_back_after_as_many_empty_looks_as_asked() -> None:
     fleet = fleet_of(("a", "fast"), ("b", "fast"), ("p", None))
     busy(fleet, "a")
-    elastic = Elastic(fleet, 2)
+    elastic = elastic_of(fleet, 2)
     assert elastic.tails() == []
     assert elastic.tails() == [HandBack("b", 1)]
     assert elastic.tails() == [], "it was asked for; the count starts again"
@@ -84,12 +91,12 @@ def test_what_is_pinned_or_being_claimed_stays() -> None:
     fleet = fleet_of(("a", "fast"), ("b", "fast"))
     fleet.put(backend("a", pinned=True), 0.0)
     fleet["b"].claiming_for = "mid"
-    assert Elastic(fleet, 1).tails() == []
+    assert elastic_of(fleet, 1).tails() == []
 
 
 def test_demand_moves_backends_in_a_fleet_without_a_pool() -> None:
     fleet = fleet_of(("a", "slow"), ("b", "slow"), ("c", "slow"))
-    elastic = Elastic(fleet, 2)
+    elastic = elastic_of(fleet, 2)
     for name in "abc":
         busy(fleet, name)
     moves = []
@@ -104,7 +111,7 @@ def test_demand_moves_backends_in_a_fleet_without_a_pool() -> None:
 
 def test_with_a_pool_nothing_is_relabelled() -> None:
     fleet = fleet_of(("a", "slow"), ("b", "slow"), ("p", None))
-    elastic = Elastic(fleet, 2)
+    elastic = elastic_of(fleet, 2)
     for _ in range(4):
         elastic.note_demand(ticket("fast"))
         assert elastic.rebalance() == []
@@ -114,7 +121,7 @@ def test_a_tighter_pace_and_a_longer_answer_are_more_demand() -> None:
     """Backend-seconds of one request grow with its prompt and with the tightness of its pace."""
 
     def demand(wants: Ticket) -> float:
-        elastic = Elastic(fleet_of(("a", "slow")), 2)
+        elastic = elastic_of(fleet_of(("a", "slow")), 2)
         elastic.note_demand(wants)
         return elastic._reckon(elastic._demand[wants.tier.name])
 
