@@ -12,6 +12,7 @@ COPY gateway gateway
 COPY simulator simulator
 COPY workloads workloads
 COPY loadgen loadgen
+COPY workloads workloads
 COPY tiergate tiergate
 RUN /opt/tiergate/bin/pip install --no-cache-dir -c constraints.txt ".[tokenizer]"
 
