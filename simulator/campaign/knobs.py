@@ -1,14 +1,21 @@
-"""Plans made of searches: a baseline at its best knob, and a goodput confirmed by a longer run."""
+"""Plans made of searches: a baseline at its best knob, fixed rates, and a goodput confirmed by longer runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from simulator.campaign.curve import Bound
-from simulator.campaign.goodput import MAIN, Goodput, Length, Search, Target
+from simulator.campaign.goodput import MAIN, Goodput, Length, Search, Subject, Target
 from simulator.campaign.plan import Known, missing
 from simulator.outcome import CellOutcome
 from simulator.scenario import Cell, Contender, Knob
+
+
+def with_knob(subject: Subject, name: str, value: Knob) -> Subject:
+    """The subject with one knob of its contender set."""
+    kept = [(other, set_to) for other, set_to in subject.contender.knobs if other != name]
+    knobs = tuple(sorted([*kept, (name, value)], key=lambda knob: knob[0]))
+    return replace(subject, contender=Contender(subject.contender.name, knobs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,40 +23,26 @@ class KnobSweep:
     """A `Plan` that tries a contender's values of one knob with short runs, to find the best of them.
 
     Attributes:
-        search: for the contender without the knob; its settings are those of the final search.
-        length, seed, most_rates: of the short runs.
+        search: a short search for the contender without the knob; its first target decides.
     """
 
     search: Search
     knob: str
     values: tuple[Knob, ...]
-    length: Length
-    seed: int = 1
-    most_rates: int = 4
 
     def searches(self) -> tuple[Search, ...]:
-        """A short search for each value, in order."""
-        settings = replace(
-            self.search.settings,
-            length=self.length,
-            seeds=(self.seed,),
-            most_rates=self.most_rates,
-            targets=(MAIN,),
+        """The short search with each value, in order."""
+        return tuple(
+            replace(self.search, subject=with_knob(self.search.subject, self.knob, value)) for value in self.values
         )
-        return tuple(Search(self.with_value(value).subject, settings) for value in self.values)
-
-    def with_value(self, value: Knob) -> Search:
-        """The final search with one of the values."""
-        subject = self.search.subject
-        kept = [(name, other) for name, other in subject.contender.knobs if name != self.knob]
-        knobs = tuple(sorted([*kept, (self.knob, value)], key=lambda knob: knob[0]))
-        return replace(self.search, subject=replace(subject, contender=Contender(subject.contender.name, knobs)))
 
     def best(self, known: Known) -> Knob:
         """The value with the highest goodput; the first of equals. Where none reaches the target, the one with
-        the highest attainment at the lowest rate."""
+        the highest attainment at the lowest rate. Raises ValueError while the sweep is not done."""
+        target = self.search.settings.targets[0]
         ranked = [
-            (_rank(search.goodput(MAIN, known)), _lowest_attainment(search, known)) for search in self.searches()
+            (_rank(search.goodput(target, known)), _lowest_attainment(search, target, known))
+            for search in self.searches()
         ]
         return self.values[ranked.index(max(ranked))]
 
@@ -64,48 +57,81 @@ def _rank(goodput: Goodput) -> tuple[bool, float]:
     return goodput.bound is not Bound.AT_MOST, goodput.estimate.mean
 
 
-def _lowest_attainment(search: Search, known: Known) -> float:
-    return search.curve(MAIN, search.settings.seeds[0], known)[0].attainment
+def _lowest_attainment(search: Search, target: Target, known: Known) -> float:
+    return search.curve(target, search.settings.seeds[0], known)[0].attainment
 
 
 @dataclass(frozen=True, slots=True)
-class SweptSearch:
-    """A `Plan`: the sweep, then the search with its best value."""
+class Searched:
+    """A `Plan`: a search, with the best value of a sweep where there is one."""
 
-    sweep: KnobSweep
+    of: Search
+    sweep: KnobSweep | None = None
 
     def search(self, known: Known) -> Search | None:
         """The search with the best value; None until the sweep is done."""
-        return None if self.sweep.wanted(known) else self.sweep.with_value(self.sweep.best(known))
+        if self.sweep is None:
+            return self.of
+        if self.sweep.wanted(known):
+            return None
+        return replace(self.of, subject=with_knob(self.of.subject, self.sweep.knob, self.sweep.best(known)))
 
     def wanted(self, known: Known) -> tuple[Cell, ...]:
         search = self.search(known)
-        return self.sweep.wanted(known) if search is None else search.wanted(known)
+        if search is not None:
+            return search.wanted(known)
+        assert self.sweep is not None
+        return self.sweep.wanted(known)
 
     def ahead(self, known: Known) -> int:
         search = self.search(known)
-        if search is None:
-            return self.sweep.ahead(known) + self.sweep.search.ahead({})
-        return search.ahead(known)
+        if search is not None:
+            return search.ahead(known)
+        assert self.sweep is not None
+        return self.sweep.ahead(known) + self.of.ahead({})
 
 
 @dataclass(frozen=True, slots=True)
-class FixedSearch:
-    """A `Plan`: a search whose contender is known from the start."""
+class Trial:
+    """A `Plan`: a contender at fixed rates, with the best value of a sweep where there is one."""
 
-    of: Search
+    of: Subject
+    parts: tuple[float, ...]
+    length: Length
+    seeds: tuple[int, ...]
+    sweep: KnobSweep | None = None
 
-    def search(self, known: Known) -> Search | None:  # as `SweptSearch.search`
-        return self.of
+    def subject(self, known: Known) -> Subject | None:
+        """The subject with the best value; None until the sweep is done."""
+        if self.sweep is None:
+            return self.of
+        if self.sweep.wanted(known):
+            return None
+        return with_knob(self.of, self.sweep.knob, self.sweep.best(known))
+
+    def outcomes(self, part: float, known: Known) -> tuple[CellOutcome, ...]:
+        """What the seeds gave at a rate, as far as it is known."""
+        subject = self.subject(known)
+        if subject is None:
+            return ()
+        cells = (subject.cell(part, seed, self.length) for seed in self.seeds)
+        return tuple(known[cell] for cell in cells if cell in known)
 
     def wanted(self, known: Known) -> tuple[Cell, ...]:
-        return self.of.wanted(known)
+        subject = self.subject(known)
+        if subject is None:
+            assert self.sweep is not None
+            return self.sweep.wanted(known)
+        return missing(
+            (subject.cell(part, seed, self.length) for part in self.parts for seed in self.seeds), known
+        )
 
     def ahead(self, known: Known) -> int:
-        return self.of.ahead(known)
-
-
-Searched = SweptSearch | FixedSearch
+        subject = self.subject(known)
+        if subject is None:
+            assert self.sweep is not None
+            return self.sweep.ahead(known) + len(self.parts) * len(self.seeds) * self.length.requests
+        return sum(cell.requests for cell in self.wanted(known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +143,9 @@ class Confirm:
     """
 
     searched: Searched
-    target: Target
     length: Length
     seeds: tuple[int, ...]
+    target: Target = MAIN
 
     def wanted(self, known: Known) -> tuple[Cell, ...]:
         return self.searched.wanted(known) or missing(self.cells(known), known)

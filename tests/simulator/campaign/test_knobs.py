@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 
 from simulator.campaign.goodput import MAIN, Length, Search, Subject
-from simulator.campaign.knobs import Confirm, FixedSearch, KnobSweep, SweptSearch
+from simulator.campaign.knobs import Confirm, KnobSweep, Searched, Trial
 from simulator.outcome import CellOutcome
 from simulator.scenario import Cell, Contender
 from tests.simulator.campaign.fakes import FLEET, WORKLOAD, Knee, outcome
 from tests.simulator.campaign.test_goodput import SETTINGS, carried_out
 
-SEARCH = Search(Subject(WORKLOAD, FLEET, Contender("co_chunk", (("margin", 1.0),)), 10.0), SETTINGS)
-SWEEP = KnobSweep(SEARCH, "chunk_tokens", (128, 512, 2048), Length(5, 100, 5))
+SUBJECT = Subject(WORKLOAD, FLEET, Contender("co_chunk", (("margin", 1.0),)), 10.0)
+SHORT = replace(SETTINGS, length=Length(5, 100, 5), seeds=(1,), most_rates=4, targets=(MAIN,))
+SWEEP = KnobSweep(Search(SUBJECT, SHORT), "chunk_tokens", (128, 512, 2048))
+BEST = Contender("co_chunk", (("chunk_tokens", 512), ("margin", 1.0)))
 
 
 def best_at_512(cell: Cell) -> CellOutcome:
@@ -41,18 +43,31 @@ def test_the_first_of_equals() -> None:
 
 
 def test_the_search_follows_with_the_best_value_beside_the_other_knobs() -> None:
-    plan = SweptSearch(SWEEP)
+    plan = Searched(Search(SUBJECT, SETTINGS), SWEEP)
     assert plan.search({}) is None
     known = carried_out(plan, best_at_512, 100)
     search = plan.search(known)
     assert search is not None
-    assert search.subject.contender == Contender("co_chunk", (("chunk_tokens", 512), ("margin", 1.0)))
+    assert search.subject.contender == BEST
     assert search.goodput(MAIN, known).estimate.mean == pytest.approx(Knee(9.0).crossing_rps(0.9, 2), rel=0.02)
 
 
+def test_a_trial_runs_fixed_rates_with_the_best_value() -> None:
+    plan = Trial(SUBJECT, (0.6, 0.9), Length(5, 2000, 5), (1, 2), SWEEP)
+    assert plan.outcomes(0.6, {}) == ()
+    known = carried_out(plan, best_at_512, 100)
+    own = [cell for cell in known if cell.measured_requests == 2000]
+    assert {(cell.rate_rps, cell.seed, cell.contender) for cell in own} == {
+        (rate_rps, seed, BEST) for rate_rps in (6.0, 9.0) for seed in (1, 2)
+    }
+    assert plan.outcomes(0.9, known) == tuple(known[cell] for cell in own if cell.rate_rps == 9.0)
+    without = Trial(SUBJECT, (0.6, 0.9), Length(5, 2000, 5), (1, 2))
+    assert len(carried_out(without, Knee())) == 4
+
+
 def test_a_confirmation_runs_the_goodput_longer_with_its_own_seeds() -> None:
-    fixed = Search(replace(SEARCH.subject, contender=Contender("minimal")), SETTINGS)
-    plan = Confirm(FixedSearch(fixed), MAIN, Length(50, 5000, 50), (11,))
+    fixed = Search(replace(SUBJECT, contender=Contender("minimal")), SETTINGS)
+    plan = Confirm(Searched(fixed), Length(50, 5000, 50), (11,))
     assert plan.cells({}) == ()
     known = carried_out(plan, Knee(9.0), 100)
     (cell,) = plan.cells(known)
@@ -62,7 +77,7 @@ def test_a_confirmation_runs_the_goodput_longer_with_its_own_seeds() -> None:
 
 
 def test_what_is_never_reached_is_not_confirmed() -> None:
-    plan = Confirm(FixedSearch(SEARCH), MAIN, Length(50, 5000, 50), (11,))
+    plan = Confirm(Searched(Search(SUBJECT, SETTINGS)), Length(50, 5000, 50), (11,))
     known = carried_out(plan, lambda _: outcome(0.1), 100)
     assert plan.outcomes(known) == ()
     assert {cell.measured_requests for cell in known} == {1000}
