@@ -7,6 +7,7 @@ that figures follow the reader's light or dark theme.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ _VARIABLES: Mapping[str, str] = MappingProxyType(
     {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
     | {colour: f"var(--series-{place})" for place, colour in enumerate(SERIES) if colour != MUTED}
 )
-_PANEL_INCHES = (5.0, 3.5)
+_PANEL_INCHES = (5.0, 3.2)
+_LEGEND_INCHES = 0.19
 
 
 class FiguresUnavailable(Exception):
@@ -94,8 +96,8 @@ def write_png(drawing: Drawing, path: Path) -> None:
     figure = Figure(figsize=(width * len(drawing.panels), height * tallest), layout="constrained")
     figure.suptitle(drawing.title, color=INK, fontsize=11)
     parts = figure.subfigures(1, len(drawing.panels), squeeze=False)
-    for part, panel in zip(parts[0], drawing.panels, strict=True):
-        _paint(part, panel)
+    lines = [_paint(part, panel) for part, panel in zip(parts[0], drawing.panels, strict=True)]
+    figure.set_size_inches(width * len(drawing.panels), height * tallest + _LEGEND_INCHES * max(lines))
     figure.savefig(path, dpi=130, facecolor="white")
 
 
@@ -111,14 +113,16 @@ def inline_svg(drawing: Drawing) -> tuple[str, ...]:
         # The salt replaces the random part of the ids, so that the same figure gives the same bytes.
         with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
             figure = Figure(figsize=(width, height * panel.height), layout="constrained")
-            _paint(figure, panel)
+            lines = _paint(figure, panel)
+            figure.set_size_inches(width, height * panel.height + _LEGEND_INCHES * lines)
             target = io.StringIO()
             figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         found.append(_for_page(target.getvalue(), name, drawing.says))
     return tuple(found)
 
 
-def _paint(figure: Figure | SubFigure, panel: Panel) -> None:
+def _paint(figure: Figure | SubFigure, panel: Panel) -> int:
+    """Draw a panel. Returns how many lines its legend has, which stands below the axes."""
     axes = figure.add_subplot()
     axes.set_axisbelow(True)
     axes.grid(visible=True, color=GRID, linewidth=0.6)
@@ -132,11 +136,12 @@ def _paint(figure: Figure | SubFigure, panel: Panel) -> None:
         text.set_color(INK)
         text.set_fontsize(10)
     handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if len(handles) > 1 else 1
     if handles:
-        columns = 2 if len(handles) > 1 else 1
         figure.legend(
             handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False, labelcolor=INK
         )
+    return math.ceil(len(handles) / columns)
 
 
 def _for_page(svg: str, name: str, says: str) -> str:

@@ -117,8 +117,8 @@ def _rates(curves: Sequence[_Curve], ylabel: str, title: str, scale: float = 1.0
 
 
 def _attainment(prefix: str, comparison: Comparison, marks: Sequence[Mark]) -> Drawing:
-    def panel(title: str, value: Callable[[Point], Interval | None]) -> Panel:
-        draw_rates = _rates(_curves(comparison, value), "requests that kept every deadline, %", title, 100.0)
+    def panel(title: str, judged: Judged, value: Callable[[Point], Interval | None]) -> Panel:
+        draw_rates = _rates(_curves(comparison, value), "attainment, %", title, 100.0)
 
         def paint(axes: Axes) -> None:
             draw_rates(axes)
@@ -128,7 +128,7 @@ def _attainment(prefix: str, comparison: Comparison, marks: Sequence[Mark]) -> D
                 f"{100 * _TARGET:.0f} %", (0.005, 100 * _TARGET), xycoords=("axes fraction", "data"),
                 xytext=(0, -2), textcoords="offset points", va="top", fontsize=8, color=MUTED,
             )  # fmt: skip
-            _paint_marks(axes, marks)
+            _paint_marks(axes, marks, judged)
 
         return Panel(paint)
 
@@ -136,17 +136,22 @@ def _attainment(prefix: str, comparison: Comparison, marks: Sequence[Mark]) -> D
         f"{prefix}-attainment",
         prefix,
         "Attainment against the offered rate",
-        "Left: of all requests. Right: of the tier that fares worst, which a policy cannot trade away. Bands are "
-        "95 % intervals over seeds; vertical lines are the tier-packed reference and the upper bounds.",
+        "The part of the requests that kept every deadline. Left: of all. Right: of the tier that fares "
+        "worst, which a policy cannot trade away. Bands are 95 % intervals over seeds; vertical lines are the "
+        "tier-packed reference and the upper bounds.",
         (
-            panel("all requests", lambda point: point.overall.attainment),
-            panel("the worst tier", lambda point: point.worst.attainment if point.worst else None),
+            panel("all requests", Judged.OVERALL, lambda point: point.overall.attainment),
+            panel(
+                "the worst tier", Judged.EVERY_TIER, lambda point: point.worst.attainment if point.worst else None
+            ),
         ),
     )
 
 
-def _paint_marks(axes: Axes, marks: Iterable[Mark]) -> None:
+def _paint_marks(axes: Axes, marks: Iterable[Mark], judged: Judged) -> None:
     for mark in marks:
+        if mark.judged not in {None, judged}:
+            continue
         axes.axvline(
             mark.rate_rps,
             color=MUTED,
@@ -244,7 +249,7 @@ def _goodputs(name: str, rows: Sequence[GoodputRow], marks: Sequence[Mark]) -> D
             axes.set_ylim(len(contenders) - 0.4, -0.6)
             axes.set_xlabel("requests/s")
             axes.set_title(judged.value)
-            _paint_marks(axes, own)
+            _paint_marks(axes, own, judged)
             axes.set_xlim(left=0)
 
         return Panel(paint, _bars_height(len(contenders)))

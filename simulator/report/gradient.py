@@ -104,6 +104,8 @@ def _paint_loads(axes: Axes, samples: Sequence[Sample], tiers: Sequence[str]) ->
 
 def _servers(samples: Sequence[Sample], tiers: Sequence[str]) -> Callable[[Axes], None]:
     def paint(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - an extra
+
         times = [sample.at_s for sample in samples]
         for place, tier in enumerate(tiers):
             counts = [len(sample.backends.get(tier, ())) for sample in samples]
@@ -116,5 +118,6 @@ def _servers(samples: Sequence[Sample], tiers: Sequence[str]) -> Callable[[Axes]
         axes.set_ylabel("backends")
         axes.set_title("backends in each tier")
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
     return paint

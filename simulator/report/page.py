@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from simulator.campaign.curve import Bound
 from simulator.campaign.goodput import Judged
+from simulator.campaign.interval import Interval
 from simulator.report import formats
 from simulator.report.canvas import Drawing, inline_svg
 from simulator.report.style import STYLE
@@ -27,6 +28,8 @@ relax the problem (lengths known, no waiting), so that no policy can be above th
 Intervals are 95 %, Student-t over seeds. All contenders and rates share the same requests for a seed. Warm-up and
 cool-down requests load the fleet but are not scored, and every scored request is followed to its end.
 """
+
+_SHORT = ' class="short"'  # a number and its interval stay on one line
 
 _NOTICE = """\
 <p class="notice"><strong>Simulated.</strong> Every number here comes from a model of engines on a virtual clock.
@@ -70,7 +73,7 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = []
     for first, *others in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
+        cells = "".join(f"<td{_SHORT if len(cell) < 26 else ''}>{escape(cell)}</td>" for cell in others)
         lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
     return (
         f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead>\n<tbody>'
@@ -273,13 +276,22 @@ def _tiers(points: Sequence[Point]) -> str:
 
 
 def _paces(points: Sequence[Point]) -> str:
-    def row(point: Point, tier: TierPoint) -> tuple[str, ...]:
-        shown = (tier.ttft_p50_s, tier.ttft_p99_s, tier.tpot_p50_s, tier.tpot_p99_s)
-        return (point.contender, _rate(point), tier.tier, *map(formats.milliseconds, shown))
+    """Two tables: P50 / P99 of every tier in a row."""
 
-    rows = (row(point, tier) for point in points for tier in (*point.tiers, point.overall))
-    head = ("contender", "requests/s", "tier", "TTFT P50", "TTFT P99", "TPOT P50", "TPOT P99")
-    return _table("Times of the requests that were served, ms, mean over seeds", head, rows)
+    def table(name: str, pick: Callable[[TierPoint], tuple[Interval | None, Interval | None]]) -> str:
+        rows = (
+            (
+                point.contender,
+                _rate(point),
+                *(" / ".join(map(formats.milliseconds, pick(tier))) for tier in (*point.tiers, point.overall)),
+            )
+            for point in points
+        )
+        head = ("contender", "requests/s", *(tier.tier for tier in (*points[0].tiers, points[0].overall)))
+        return _table(f"{name} of the requests that were served: P50 / P99, ms, mean over seeds", head, rows)
+
+    first = table("TTFT", lambda tier: (tier.ttft_p50_s, tier.ttft_p99_s))
+    return first + "\n" + table("TPOT", lambda tier: (tier.tpot_p50_s, tier.tpot_p99_s))
 
 
 def _effort(points: Sequence[Point]) -> str:

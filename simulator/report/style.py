@@ -25,9 +25,10 @@ th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--grid); tex
   vertical-align: top; }
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 500; }
+.short { white-space: nowrap; }
 figure { margin: 1.4rem 0; }
 .panels { display: flex; flex-wrap: wrap; gap: 1rem; }
-.panel { flex: 1 1 20rem; min-width: 0; }
+.panel { flex: 1 1 20rem; min-width: 0; max-width: 34rem; }
 .panel svg { width: 100%; height: auto; display: block; }
 .panel svg text { font-family: inherit; }
 figcaption { font-size: .9rem; color: var(--muted); max-width: 60rem; margin-top: .3rem; }

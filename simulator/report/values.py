@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from simulator.campaign.goodput import Goodput, Ratio, Target
+from simulator.campaign.goodput import Goodput, Judged, Ratio, Target
 from simulator.outcome import CellOutcome
-from simulator.scenario import Cell, FleetSpec, Workload
+from simulator.scenario import Cell, Contender, FleetSpec, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,19 @@ class Setting:
     @classmethod
     def of(cls, cell: Cell) -> Setting:
         return cls(cell.workload, cell.fleet, cell.warmup_requests, cell.measured_requests, cell.cooldown_requests)
+
+    def cell(self, contender: Contender, rate_rps: float, seed: int) -> Cell:
+        """A run under these conditions."""
+        return Cell(
+            self.workload,
+            self.fleet,
+            contender,
+            rate_rps,
+            seed,
+            self.warmup_requests,
+            self.measured_requests,
+            self.cooldown_requests,
+        )
 
     @property
     def title(self) -> str:
@@ -66,12 +79,13 @@ class MarkKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A rate that the curves of a setting are to be read against."""
+    """A rate that the curves of a setting are to be read against. `judged`: only those of it; None: of both."""
 
     setting: Setting
     kind: MarkKind
     label: str
     rate_rps: float
+    judged: Judged | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ COMMANDS = (
     Command("demo", "show mixed-tier load on a small fleet, compared with round robin and least load"),
     Command("profile", "measure a live engine and write its latency profile"),
     Command("emulate", "run an emulated engine: vLLM's routes, times from a profile, no model"),
+    Command("simulate", "run policies on a simulated fleet and compare them"),
     Command("replay", "run a recorded engine log through the engine model and print the error"),
 )
 

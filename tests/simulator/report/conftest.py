@@ -122,7 +122,7 @@ def ratio_of(value: float) -> Ratio:
     return Ratio(Interval(value, value - 0.03, value + 0.03, 3), Bound.EXACT)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def study() -> Study:
     """A study with every kind of table and figure."""
     runs = made_runs()

@@ -1,0 +1,1 @@
+"""`tiergate simulate`: what its options mean, and how its answer is shown."""

@@ -1,0 +1,172 @@
+"""What `tiergate simulate` prints: tables for 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from profiles.catalogue import load, shipped
+from simulator.campaign.interval import Interval
+from simulator.contenders import KnobInfo, about, knobs_of, names
+from simulator.report import formats
+from simulator.report.summary import Comparison, Point
+from simulator.scenario import Knob
+from tiergate.simulate.scenario import Scenario
+from workloads.traces import named_trace
+from workloads.traces import shipped as shipped_traces
+
+_MOST_TIERS = 5  # beside each other in one table
+
+
+def answer(comparison: Comparison, scenario: Scenario) -> RenderableType:
+    """Everything a person wants to see of one comparison: what was run, then two tables for every rate."""
+    reference_rps = scenario.reference_rps
+    parts: list[RenderableType] = [*_head(comparison, scenario)]
+    for rate_rps in comparison.rates_rps:
+        points = [point for point in comparison.points if point.rate_rps == rate_rps]
+        title = f"{rate_rps:.4g} requests/s"
+        if reference_rps:
+            title += f", {100 * rate_rps / reference_rps:.0f} % of the tier-packed reference"
+        parts += [_attainment(points, title), _effort(points), *_refusals(points)]
+    parts.append(Text(_LEGEND))
+    return Group(*parts)
+
+
+_LEGEND = """\
+Requests that kept every deadline, % of all offered, ± half a 95 % interval over seeds.
+worst: the tier that fares worst. Times in ms, of what was served. inst·s: instance-
+seconds a finished request cost. busy: backends with work, mean."""
+
+
+def _head(comparison: Comparison, scenario: Scenario) -> list[Text]:
+    setting = comparison.setting
+    seeds = len(comparison.seeds)
+    parts = (
+        f"{setting.warmup_requests:,} requests to warm up",
+        f"{setting.measured_requests:,} measured",
+        f"{setting.cooldown_requests:,} to cool down",
+    )
+    lines = [
+        f"SIMULATED: {setting.title}. No engine ran.",
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, each {', '.join(parts)}.",
+    ]
+    if scenario.reference_rps:
+        lines.append(f"Tier-packed reference: {scenario.reference_rps:.4g} requests/s.")
+    left_out = max(run.outcome.left_out for run in comparison.runs)
+    if left_out:
+        lines.append(f"{100 * left_out:.2g} % of the trace was left out: no idle engine keeps its promise.")
+    window_s = min(run.outcome.window_s for run in comparison.runs)
+    if scenario.residence_s and window_s < _RESIDENCES * scenario.residence_s:
+        lines.append(
+            f"Note: {window_s:.0f} s are measured, and a request may stay for {scenario.residence_s:.0f} s. Work "
+            "that is put off past the window flatters a policy: take more --requests."
+        )
+    return [Text(line) for line in lines]
+
+
+_RESIDENCES = 2.0  # of the longest promised stay: a shorter window is told
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("policy", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _attainment(points: Sequence[Point], title: str) -> RenderableType:
+    tiers = [tier.tier for tier in points[0].tiers]
+    groups = [tiers[start : start + _MOST_TIERS] for start in range(0, len(tiers), _MOST_TIERS)] or [[]]
+    tables: list[RenderableType] = []
+    for number, group in enumerate(groups):
+        first = number == 0
+        table = _table(title if first else "", [*(("all", "worst") if first else ()), *group])
+        for point in points:
+            own = {tier.tier: tier.attainment for tier in point.tiers}
+            head = [
+                formats.short_percent(point.overall.attainment),
+                _share(point.worst.attainment if point.worst else None),
+            ]
+            table.add_row(point.contender, *(head if first else ()), *(_share(own[tier]) for tier in group))
+        tables.append(table)
+    return Group(*tables)
+
+
+def _share(value: Interval | None) -> str:
+    return formats.NOTHING if value is None else f"{100 * value.mean:.1f}"
+
+
+def _plain(value: Interval | None, decimals: int) -> str:
+    return formats.NOTHING if value is None else f"{value.mean:,.{decimals}f}"
+
+
+def _effort(points: Sequence[Point]) -> Table:
+    columns = ("TTFT P50", "P99", "TPOT P50", "P99", "inst·s", "busy", "preempted")
+    table = _table("", columns)
+    for point in points:
+        every = point.overall
+        table.add_row(
+            point.contender,
+            *map(formats.milliseconds, (every.ttft_p50_s, every.ttft_p99_s, every.tpot_p50_s, every.tpot_p99_s)),
+            _plain(point.cost_s, 3),
+            _plain(point.backends_busy, 1),
+            f"{point.preemptions:,}",
+        )
+    return table
+
+
+def _refusals(points: Iterable[Point]) -> list[Text]:
+    lines = []
+    for point in points:
+        offered = point.overall.offered
+        told = ", ".join(f"{reason} {100 * count / offered:.1f} %" for reason, count in point.refusals if offered)
+        if told:
+            lines.append(Text(f"{point.contender} refused: {told}"))
+    return [*lines, Text("")] if lines else []
+
+
+def catalogue() -> RenderableType:
+    """What `--list` shows: traces, profiles, and contenders with their knobs."""
+    traces = _listing("Traces (--trace; also a file, or uniform:LOW-HIGH/LOW-HIGH tokens)")
+    for name in shipped_traces():
+        trace = named_trace(name)
+        count = len(trace.requests)
+        prompt = sum(row.prompt_tokens for row in trace.requests) / count
+        output = sum(row.output_tokens for row in trace.requests) / count
+        blocks = ", prefix blocks" if trace.block_tokens else ""
+        traces.add_row(name, f"{count:,} requests, mean prompt {prompt:,.0f}, answer {output:,.0f} tokens{blocks}")
+    profiles = _listing("Latency profiles (--profile; also a file)")
+    for name in shipped():
+        file = load(name).file
+        profiles.add_row(name, f"{file.model} on {file.hardware}")
+    policies = _listing("Policies (--policy NAME or NAME:KNOB=VALUE,KNOB=VALUE)")
+    knobs: dict[tuple[str, str], KnobInfo] = {}
+    for name in names():
+        own = knobs_of(name)
+        knobs |= {(knob.name, knob.about): knob for knob in own}
+        policies.add_row(name, f"{about(name)}. Knobs: {', '.join(map(_default, own))}")
+    explained = _listing("Knobs")
+    for knob in knobs.values():
+        choices = f": {', '.join(map(_value, knob.choices))}" if knob.choices else ""
+        explained.add_row(knob.name, knob.about + choices)
+    return Group(traces, Text(""), profiles, Text(""), policies, Text(""), explained)
+
+
+def _listing(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _default(knob: KnobInfo) -> str:
+    return f"{knob.name}={_value(knob.default)}"
+
+
+def _value(value: Knob) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
