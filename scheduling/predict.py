@@ -159,6 +159,8 @@ def _walk_driven(ledger: Ledger, request: Request, now_s: float, within_s: float
     last_context = cached + own - last_own
     last_s = seconds_of(last, 1, last_context, last_own * (last_context + last_own / 2), decodes, kv_tokens)
     mean_s = (full_s + least_s) / 2
+    if steps > 1:
+        last_s = mean_s  # prompts that come later fill it up
     total_s = (steps - 1) * mean_s + last_s
     behind = max(own_steps, 1.0)
     first_step_s = max(full_s, least_s) if steps > 1 else last_s

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from scheduling.checks import Checks, KvGrowth
 from scheduling.options import Options
 from scheduling.policies import Policy, make
+from scheduling.policies.headroom import TPOT_WEIGHT, TTFT_WEIGHT, Headroom
 from scheduling.policies.polyserve import PolyServe, Promotion
 from scheduling.tiers import TierSet
 from simulator.scenario import Contender, Form, Knob
@@ -125,6 +126,11 @@ _COLOCATED = (
     ),
     KnobInfo("resident_slack", True, "not driven: no resident's token may be late for a newcomer's prompt"),
 )
+_HEADROOM = (
+    KnobInfo("strategy", "least", "which headroom goes first: least (bin packing) or most", ("least", "most")),
+    KnobInfo("ttft_weight", TTFT_WEIGHT, "weight of the TTFT's headroom"),
+    KnobInfo("tpot_weight", TPOT_WEIGHT, "weight of the TPOT's headroom"),
+)
 _MOST_SCANNED = 64
 
 
@@ -180,6 +186,13 @@ def _polyserve(form: Form) -> Callable[[Values], Setup]:
     return build
 
 
+def _headroom(values: Values) -> Setup:
+    policy = Headroom(
+        float(values["ttft_weight"]), float(values["tpot_weight"]), least=values["strategy"] == "least"
+    )
+    return _setup(values, lambda _rng: policy)
+
+
 def one_bin(tiers: TierSet) -> TierSet:
     """One mixed pool at the tightest pace: what a fleet is without binning."""
     tightest = tiers.tightest
@@ -193,7 +206,6 @@ def _entries() -> dict[str, _Entry]:
         "least_load": "the backend with the fewest sequences",
         "round_robin": "the next backend in turn",
         "lmetric": "the least pending prompt tokens times batch size (LMetric)",
-        "headroom": "the fullest backend whose predictions keep the pace (llm-d)",
     }
     entries = {
         "polyserve_co": _Entry(
@@ -213,6 +225,9 @@ def _entries() -> dict[str, _Entry]:
             _router("qoserve_silo"),
         ),
     }
+    entries["headroom"] = _Entry(
+        "the fullest backend whose predictions keep the pace (llm-d)", (*_HEADROOM, _CHUNK, *_COMMON), _headroom
+    )
     for name, about in routers.items():
         entries[name] = _Entry(about, (_CHUNK, *_COMMON), _router(name))
         if name in ("random", "minimal"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -14,11 +15,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from scheduling import events as ev
 from scheduling.backends import BackendState
+from scheduling.checks import Checks, KvGrowth
 from scheduling.dispatcher import Dispatcher
 from scheduling.lengths import FixedLength
 from scheduling.load import LoadVector
 from scheduling.options import Options
-from scheduling.policies import make
+from scheduling.policies import POLICIES, Policy, make
+from scheduling.policies.polyserve import PolyServe, Promotion
 from scheduling.tiers import Slo, Tier, TierSet
 from tests.scheduling.play import TIERS, backend, request, told
 
@@ -34,14 +37,23 @@ def backend_of(name: str, kind: int) -> Any:
         kind % 4
     ]
     models = frozenset({"n"}) if kind == 5 else frozenset[str]()
-    return backend(name, calibrated=kind != 4, models=models, pinned=kind == 6, margin=1.0 + kind / 50, **limits)
+    return backend(
+        name,
+        calibrated=kind != 4,
+        models=models,
+        pinned=kind == 6,
+        dynamic_chunk=kind == 7,
+        margin=1.0 + kind / 50,
+        **limits,
+    )
 
 
 class World:
     """A shell and a store around a dispatcher. Answers wait until they are given."""
 
-    def __init__(self, policy: str, seed: int) -> None:
-        self.dispatcher = Dispatcher(TIERS, make(policy, Random(seed)), OPTIONS)
+    def __init__(self, policy: Policy, options: Options) -> None:
+        self.dispatcher = Dispatcher(TIERS, policy, options)
+        self.options = options
         self.now_s = 0.0
         self.log: list[tuple[ev.Event, float, list[str]]] = []
         self.asked: list[ev.Reserve] = []
@@ -204,29 +216,32 @@ class World:
             assert ledger.own_load().idle
             assert (ledger.stored_decodes, ledger.stored_kv_tokens, ledger.stored_prefill_tokens) == (0, 0, 0)
 
-    def replay(self, policy: str, seed: int) -> None:
+    def replay(self, policy: Policy) -> None:
         """The same events at the same times ask for the same actions."""
-        again = Dispatcher(TIERS, make(policy, Random(seed)), OPTIONS)
+        again = Dispatcher(TIERS, policy, self.options)
         for event, now_s, lines in self.log:
             assert [told(action) for action in again.handle(event, now_s)] == lines
 
 
 class Chaos(RuleBasedStateMachine):
-    policy = "polyserve"
+    options = OPTIONS
+
+    def policy(self) -> Policy:
+        return make("polyserve", Random(self.seed))
 
     @initialize(seed=st.integers(0, 1000), up=st.integers(0, 4))
     def begin(self, seed: int, up: int) -> None:
         self.seed = seed
-        self.world = World(self.policy, seed)
+        self.world = World(self.policy(), self.options)
         self.arrivals = 0
         for tier in TIERS.tiers:
             self.world.tell(ev.LengthsChanged("m", tier.name, FixedLength(20.0)))
         for index in range(up):
-            self.backend_up(NAMES[index], (seed + index) % 7, [None, "mid", "slow", "fast"][(seed + index) % 4])
+            self.backend_up(NAMES[index], (seed + index) % 8, [None, "mid", "slow", "fast"][(seed + index) % 4])
 
     # --- the fleet -----------------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(NAMES), kind=st.integers(0, 6), tier=st.sampled_from([None, None, "fast", "mid"]))
+    @rule(name=st.sampled_from(NAMES), kind=st.integers(0, 7), tier=st.sampled_from([None, None, "fast", "mid"]))
     def backend_up(self, name: str, kind: int, tier: str | None) -> None:
         world = self.world
         world.tell(ev.BackendChanged(backend_of(name, kind)))
@@ -397,11 +412,48 @@ class Chaos(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "world"):
             self.world.finish()
-            self.world.replay(self.policy, self.seed)
+            self.world.replay(self.policy())
 
 
 class BaselineChaos(Chaos):
-    policy = "round_robin"
+    """Any of the routers without tiers."""
+
+    def policy(self) -> Policy:
+        names = [name for name in POLICIES if not make(name, Random(0)).uses_tiers]
+        return make(names[self.seed % len(names)], Random(self.seed))
+
+
+class SiloChaos(Chaos):
+    """Tiers without a pool, and many moves a round."""
+
+    options = replace(OPTIONS, moves_per_round=8, rebalance_period_s=0.3)
+
+    def policy(self) -> Policy:
+        return make("qoserve_silo", Random(self.seed))
+
+
+class KnobChaos(Chaos):
+    """Every knob turned away from its default, in some combination."""
+
+    options = replace(OPTIONS, scan_held=4, overtaking=False, refuses=False, moves_per_round=4)
+
+    def policy(self) -> Policy:
+        seed = self.seed
+        checks = Checks(
+            first_token=seed % 2 == 0,
+            second_token=seed % 3 == 0,
+            resident_slack=seed % 5 == 0,
+            chunk_kept=seed % 7 == 0,
+            kv_growth=list(KvGrowth)[seed % 3],
+        )
+        return PolyServe(
+            fullest_first=seed % 11 == 0,
+            promotion=list(Promotion)[seed % 3],
+            nearest_first=False,
+            uses_pool=seed % 4 < 2,
+            held_by_deadline=False,
+            checks=checks,
+        )
 
 
 _SETTINGS = settings(
@@ -411,3 +463,7 @@ TestChaos = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarn
 TestChaos.settings = _SETTINGS
 TestBaselineChaos = BaselineChaos.TestCase
 TestBaselineChaos.settings = settings(_SETTINGS, max_examples=30)
+TestSiloChaos = SiloChaos.TestCase
+TestSiloChaos.settings = settings(_SETTINGS, max_examples=30)
+TestKnobChaos = KnobChaos.TestCase
+TestKnobChaos.settings = settings(_SETTINGS, max_examples=40)
