@@ -254,7 +254,7 @@ class Search:
         if high is not None and high > self.settings.lowest:
             return _rounded(max(self.settings.lowest, high * 0.6))
         if low is not None and low < self.settings.highest:
-            return _rounded(min(self.settings.highest, low * 1.2))
+            return _rounded(min(self.settings.highest, low * 1.3))
         return None
 
 
