@@ -106,15 +106,30 @@ class Bound:
 
         The dearest requests beyond it are dropped, of all or of each tier.
         """
-        totals = [self._total(costs, attainment, every_tier) for costs in self._costs]
-        best = int(np.argmax(totals))
-        total_s = totals[best]
-        if not total_s:
-            return Ceiling(math.inf, math.inf)
-        long_run = len(self._sample) / total_s
-        if not long_run:
-            return Ceiling(0.0, 0.0)
-        return Ceiling(long_run, self._run_rps(long_run, attainment, every_tier, best))
+        return Ceiling(
+            self.long_run_rps(attainment, every_tier=every_tier), self.run_rps(attainment, every_tier=every_tier)
+        )
+
+    def long_run_rps(self, attainment: float, *, every_tier: bool = False) -> float:
+        """`Ceiling.long_run_rps`."""
+        total_s, _ = self._strictest(attainment, every_tier)
+        return len(self._sample) / total_s if total_s else math.inf
+
+    def run_rps(self, attainment: float, *, every_tier: bool = False) -> float:
+        """`Ceiling.run_rps`: by the price that is strictest in the long run, then by any that is stricter here."""
+        total_s, place = self._strictest(attainment, every_tier)
+        if not total_s or math.isinf(total_s):
+            return 0.0 if total_s else math.inf
+        start_rps, found = len(self._sample) / total_s, math.inf
+        for _ in self._prices:
+            found = min(found, self._run_rps_by(place, start_rps, attainment, every_tier))
+            below = found * (1.0 - _PRECISION) if found < math.inf else start_rps * 2.0**_MOST_DOUBLINGS
+            others = range(len(self._prices))
+            stricter = [i for i in others if not self._attainable(below, attainment, every_tier, i)]
+            if not stricter or place in stricter:
+                break
+            place = stricter[0]
+        return found
 
     def attainable(self, rate_rps: float, attainment: float, *, every_tier: bool = False) -> bool:
         """Whether these requests, offered at `rate_rps`, could have this attainment. False is a proof."""
@@ -130,8 +145,8 @@ class Bound:
 
     def tiers(self) -> tuple[TierCost, ...]:
         """The tiers, tight to loose."""
-        totals = [self._total(costs, 0.9, every_tier=False) for costs in self._costs]
-        costs = self._costs[int(np.argmax(totals))] * self._engines
+        _, place_of_price = self._strictest(0.9, every_tier=False)
+        costs = self._costs[place_of_price] * self._engines
         kept = math.ceil(0.9 * len(costs) - 1e-9)
         dropped = np.zeros(len(costs), dtype=np.bool_)
         dropped[np.argsort(costs, kind="stable")[kept:]] = True
@@ -150,6 +165,12 @@ class Bound:
                 )
             )
         return tuple(found)
+
+    def _strictest(self, attainment: float, every_tier: bool) -> tuple[float, int]:
+        """The greatest sum of costs by any price, in fleet-seconds, and which price that is."""
+        totals = [self._total(costs, attainment, every_tier) for costs in self._costs]
+        best = int(np.argmax(totals))
+        return totals[best], best
 
     def _total(self, costs: Floats, attainment: float, every_tier: bool) -> float:
         """The sum of the cheapest costs that make up the attainment."""
@@ -173,15 +194,18 @@ class Bound:
                 return False
         return True
 
-    def _run_rps(self, long_run_rps: float, attainment: float, every_tier: bool, place: int) -> float:
-        low, high = long_run_rps, 2.0 * long_run_rps
+    def _run_rps_by(self, place: int, long_run_rps: float, attainment: float, every_tier: bool) -> float:
+        low = long_run_rps
+        while not self._attainable(low, attainment, every_tier, place):
+            low /= 2.0
+        high = 2.0 * low
         for _ in range(_MOST_DOUBLINGS):
             if not self._attainable(high, attainment, every_tier, place):
                 break
             low, high = high, 2.0 * high
         else:
             return math.inf
-        while high > low * (1.0 + _PRECISION):
+        while high > low * (1.0 + _PRECISION / 2):
             middle = math.sqrt(low * high)
             if self._attainable(middle, attainment, every_tier, place):
                 low = middle
@@ -267,14 +291,14 @@ def _family(kind: EngineKind, sample: Sample, longest: int, prefix_caching: bool
     """Minorants that are tight where such requests keep an engine busiest, each at another size of step."""
     steps = Range.of(kind.limits, longest, prefix_caching=prefix_caching)
     minorants = Minorants(kind.step_time, steps)
-    return [
-        minorants.tight_at(group).with_host(kind.host_step_s, kind.host_seq_s)
-        for group in _targets(kind.step_time, sample, steps)
-    ]
+    groups, full = _targets(kind.step_time, sample, steps)
+    found = [minorants.tight_at(group) for group in groups]
+    found.extend(minorants.tight_at([step], fixed=False) for step in full)
+    return [minorant.with_host(kind.host_step_s, kind.host_seq_s) for minorant in dict.fromkeys(found)]
 
 
-def _targets(step_time: StepTime, sample: Sample, steps: Range) -> list[list[Step]]:
-    """Groups of steps in the proportions of the sample: mixed ones as long as each pace, full ones, pure ones."""
+def _targets(step_time: StepTime, sample: Sample, steps: Range) -> tuple[list[list[Step]], list[Step]]:
+    """Groups of steps in the proportions of the sample, mixed and pure, as long as each pace; and full ones."""
     decodes = float(np.maximum(sample.tokens - 1.0, 0.0).mean())
     contexts = sample.prompts + sample.tokens / 2
     weights = np.maximum(sample.tokens - 1.0, 0.0)
@@ -293,14 +317,16 @@ def _targets(step_time: StepTime, sample: Sample, steps: Range) -> list[list[Ste
     groups = [[_step(per, scale * size) for scale in _SCALES if scale * size <= most] for size in sorted(sizes)]
     only_prefill = [_step((prefill, 0.0, 0.0, pairs), x) for x in (most / 2, most, steps.prefill_tokens / prefill)]
     groups.append(only_prefill)
+    fullest = [_step(per, most), only_prefill[-1]]
     if decodes:
         full = min(steps.seqs, steps.kv_tokens / context)
         sizes = {_size_of(step_time, (0.0, 1.0, context, 0.0), pace_s, full) for pace_s in paces} | {full}
         for size in sorted(sizes):
             pure = [_step((0.0, 1.0, context, 0.0), scale * size) for scale in _SCALES if scale * size <= full]
             groups.extend([pure, pure + only_prefill])
+        fullest.append(_step((0.0, 1.0, context, 0.0), full))
     kept = ([step for step in group if step.tokens] for group in groups)
-    return [group for group in kept if group]
+    return [group for group in kept if group], [step for step in fullest if step.tokens]
 
 
 def _step(per: tuple[float, float, float, float], size: float) -> Step:

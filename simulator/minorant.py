@@ -29,7 +29,7 @@ from tiergate_engine.steptime import ScaledStepTime, ShiftedStepTime, TableStepT
 Floats = npt.NDArray[np.float64]
 
 _SHAVE = 1e-3  # of every coefficient, for what hides between the checked steps
-_RANDOM_STEPS = 8_000
+_RANDOM_STEPS = 5_000
 _ROUNDS = 12
 _NEAREST = 40  # steps around which the next round looks for violations
 _TOLERANCE = 1e-6
@@ -116,10 +116,11 @@ class Minorants:
         self._points = np.vstack([_corners(step_time, steps), _random_steps(self._random, steps, _RANDOM_STEPS)])
         self._times_s = self._seconds(self._points)
 
-    def tight_at(self, steps: Sequence[Step]) -> Minorant:
+    def tight_at(self, steps: Sequence[Step], *, fixed: bool = True) -> Minorant:
         """The minorant that comes nearest to the times of `steps`, all taken together.
 
-        Raises ValueError when there are no steps.
+        Without a `fixed` part all is charged to what steps hold: right where memory or slots limit a step, not
+        deadlines. Raises ValueError when there are no steps.
         """
         if not steps:
             raise ValueError("steps: at least one is needed")
@@ -128,6 +129,8 @@ class Minorants:
         # Coefficients are sought in units that make them all about one.
         units = 1.0 / np.maximum(weights.max(axis=0), 1e-30)
         units[weights.max(axis=0) == 0.0] = 0.0
+        if not fixed:
+            units[0] = 0.0
         objective = -(weights * units).sum(axis=0)
         near = self._wide(np.linspace(0, len(self._points) - 1, 400, dtype=np.int64))
         rows, times_s = self._points[near], self._times_s[near]

@@ -155,7 +155,8 @@ def costs_s(minorant: Minorant, sample: Sample, tokens: Floats, phase: Phase = P
     root = np.where(sample.fixed, np.sqrt(prefill), 0.0)
     room = sample.windows_s(tokens) - tokens * f
     first_room = np.where(sample.streamed, sample.ttft_s - f, room)
-    hopeless = (first_room < prefill) | (room < prefill + decode)
+    own_prefill = np.where(sample.fixed, prefill, 0.0)  # others may pay for what a cache shares
+    hopeless = (first_room < own_prefill) | (room < own_prefill + decode)
     if phase is Phase.PREFILL:
         cost = prefill + f * _over(root**2, np.minimum(first_room, room))
     elif phase is Phase.DECODE:
