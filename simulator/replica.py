@@ -16,6 +16,9 @@ from simulator.served import Served
 from simulator.store import SimStore, View
 from tiergate_engine.model import SequenceTooLong
 
+TIMER_LATE_S = 0.001
+"""How late the dispatcher is told that its time has come, as in the live gateway."""
+
 
 class Home(Protocol):
     """The fleet as a replica needs it. `starting` are backends that were claimed and do not serve yet."""
@@ -49,12 +52,15 @@ class Replica:
         self._timed = timed
 
     def join_store(self) -> None:
-        """Make the backends known to the store, which says how they stand."""
-        if self._store is None:
-            return
+        """Make the backends known to the store, which says how they stand; claim those that the dispatcher dealt
+        to tiers when it was told of them, before there was anybody to claim them for it."""
+        if self._store is not None:
+            for ledger in list(self.dispatcher.fleet):
+                membership = self._store.add_backend(ledger.backend.name, ledger.tier)
+                self.tell(ev.MembershipChanged(ledger.backend.name, membership.tier, membership.epoch))
         for ledger in list(self.dispatcher.fleet):
-            membership = self._store.add_backend(ledger.backend.name, ledger.tier)
-            self.tell(ev.MembershipChanged(ledger.backend.name, membership.tier, membership.epoch))
+            if ledger.claiming_for is not None:
+                self._claim(ev.Claim(ledger.backend.name, ledger.claiming_for, ledger.epoch, "dealt"))
 
     def changes(self, hidden: set[str]) -> list[ev.Event]:
         """What the store says of the others that this replica was not told yet, but of some backends."""
@@ -79,13 +85,15 @@ class Replica:
         for action in actions:
             self._carry_out(action)
         at_s = self.dispatcher.next_wake_s()
-        if at_s is not None and at_s != self._wake_s:
+        if at_s != self._wake_s:
             self._wake_s = at_s
-            self._agenda.at(max(at_s, self._agenda.now_s), lambda: self._wake(at_s))
+            if at_s is not None:
+                self._agenda.at(max(at_s, self._agenda.now_s) + TIMER_LATE_S, lambda: self._wake(at_s))
 
     def _wake(self, at_s: float) -> None:
-        if self._wake_s == at_s:
-            self._wake_s = None
+        if self._wake_s != at_s:
+            return  # another time is wanted by now
+        self._wake_s = None
         self.tell(ev.TimePassed())
 
     def _carry_out(self, action: ev.Action) -> None:

@@ -73,11 +73,15 @@ class Engines:
         profile: a shipped latency profile's name, or a path.
         count: how many.
         step_floor_s: the fixed part of a step, in place of the profile's own (docs/simulation.md); None keeps it.
+        max_running_seqs: most sequences in one step; vLLM's default on large GPUs.
+        kv_tokens: KV capacity; None: the profile's.
     """
 
     profile: str
     count: int
     step_floor_s: float | None = None
+    max_running_seqs: int = 1024
+    kv_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
