@@ -47,19 +47,21 @@ class Wiring:
     counter: TokenCounter
     version: str
     write_log: Callable[[bytes], None] | None = None  # takes the request log's lines; may block
+    clock: Callable[[], float] = time.monotonic  # the one clock, in seconds; the event loop keeps the same time
 
 
 class Gateway:
     """One running gateway. Made by `running`."""
 
     def __init__(self, settings: Settings, wiring: Wiring) -> None:
+        clock = wiring.clock
         self.live = Live(settings)
         self.counter = wiring.counter
         self.gate = Gate()
         self.shell = Shell(
             wiring.dispatcher,
             wiring.store,
-            time.monotonic,
+            clock,
             Timing(settings.tick_ms / 1e3, settings.timeouts.stall_s, settings.timeouts.client_stall_s),
         )
         self.fleet = GatewayFleet(wiring.teachers, wiring.store, self.shell, settings.health)
@@ -75,13 +77,12 @@ class Gateway:
             wiring.counter,
             TextRates(),
             Relay(
-                Limits(settings.limits.answer_bytes, settings.limits.event_bytes, settings.timeouts.head_s),
-                time.monotonic,
+                Limits(settings.limits.answer_bytes, settings.limits.event_bytes, settings.timeouts.head_s), clock
             ),
             self.telemetry,
             decisions,
             self.log,
-            time.monotonic,
+            clock,
         )
         self.api = Api(parts, self.fleet, Generator(parts, secrets.token_hex(6)), self.gate)
         self.view = FleetView(wiring.dispatcher, self.fleet, self.shell, self.telemetry, wiring.version)
@@ -93,7 +94,7 @@ class Gateway:
             Exposition(self.telemetry, self.shell, self.view, wiring.version),
             decisions,
             lambda tiers: self.shell.feed(TiersChanged(tiers)),
-            time.monotonic,
+            clock,
         )
         Admin(watched).attach(self.api)
         self._server = GatewayServer(self.api.handle, settings)

@@ -116,7 +116,7 @@ class Pace:
         )
 
     def look(self, tickets: Iterable[Ticket], now_s: float) -> list[Progressed]:
-        """Where the streams of each backend are; a backend where nothing moved is left out."""
+        """Where the streams of each backend are, by name; a backend where nothing moved is left out."""
         by_backend: dict[str, list[Ticket]] = {}
         for ticket in tickets:
             if ticket.backend is not None:
@@ -125,7 +125,7 @@ class Pace:
             if name not in by_backend:
                 backend.decode_seqs = backend.decode_kv_tokens = 0
                 backend.since = {}
-        progressed = [self._progress(name, some, now_s) for name, some in by_backend.items()]
+        progressed = [self._progress(name, some, now_s) for name, some in sorted(by_backend.items())]
         return [event for event in progressed if event is not None]
 
     def _of(self, ticket: Ticket) -> _Backend:

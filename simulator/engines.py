@@ -7,8 +7,9 @@ when it ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from scheduling.tiers import Slo
 from simulator.agenda import Agenda
-from tiergate_engine.model import EngineModel, SequenceSpec
+from tiergate_engine.model import Emitted, EngineModel, SequenceSpec
 
 _Floats = npt.NDArray[np.float64]
 
@@ -35,13 +36,39 @@ class StreamTimes:
 
 
 class Stream:
-    """One sequence on an engine. `milestones` are (token index, number of the step it came from)."""
+    """One sequence on an engine. `milestones` are (token index, number of the step it came from); `told`: whether
+    its tokens are told as they come."""
 
-    __slots__ = ("lease_id", "milestones")
+    __slots__ = ("lease_id", "milestones", "told")
 
-    def __init__(self, lease_id: str) -> None:
+    def __init__(self, lease_id: str, told: bool) -> None:
         self.lease_id = lease_id
+        self.told = told
         self.milestones: list[tuple[int, int]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Streams that got tokens since the last look, with the tokens they have by now.
+
+    Attributes:
+        steps: ended since the last look.
+        even_s: mean time of those steps.
+        gaps_s: mean gap between tokens of each stream that had one at the last look; None when every step gave
+            everybody a token, so that all gaps are `even_s`.
+    """
+
+    moved: list[tuple[str, int]]
+    steps: int
+    even_s: float
+    gaps_s: dict[str, float] | None
+
+    def step_s(self, moved: Sequence[tuple[str, int]]) -> float | None:
+        """The median gap of some of the streams; None when all of them are new."""
+        if self.gaps_s is None:
+            return self.even_s if any(tokens > self.steps for _, tokens in moved) else None
+        gaps = [self.gaps_s[lease_id] for lease_id, _ in moved if lease_id in self.gaps_s]
+        return median(gaps) if gaps else None
 
 
 class Listener(Protocol):
@@ -77,6 +104,12 @@ class SimEngine:
         self._pace_s = pace_s
         self._stepping = False
         self._life = 0
+        self._whole = 0  # streams of which only the end is told
+        self._looked: list[tuple[str, int]] = []
+        self._looked_s = 0.0
+        self._looked_steps = 0
+        self._uneven = False  # a step since the last look left a decode out
+        self._paused: dict[str, tuple[int, float]] = {}  # who had got nothing at the last look: tokens, since when
         self._ends_s: _Floats = np.empty(1024)
         self._indices = np.arange(1024, dtype=np.float64)
 
@@ -84,15 +117,21 @@ class SimEngine:
     def preemptions(self) -> int:
         return self.preempted + self.model.preemptions
 
-    def submit(self, spec: SequenceSpec) -> None:
-        """Queue a sequence, and start stepping if the engine stood still. Raises as `EngineModel.submit`."""
+    def submit(self, spec: SequenceSpec, *, streamed: bool = True) -> None:
+        """Queue a sequence, and start stepping if the engine stood still. Raises as `EngineModel.submit`.
+
+        Of one that is not `streamed` only the end is told.
+        """
         self.model.submit(spec, self._agenda.now_s)
-        self.streams[spec.sequence_id] = Stream(spec.sequence_id)
+        self.streams[spec.sequence_id] = Stream(spec.sequence_id, streamed)
+        self._whole += not streamed
         if not self._stepping:
             self._step()
 
     def abort(self, lease_id: str) -> None:
-        if self.streams.pop(lease_id, None) is not None:
+        stream = self.streams.pop(lease_id, None)
+        if stream is not None:
+            self._whole -= not stream.told
             self.model.abort(lease_id, self._agenda.now_s)
 
     def crash(self) -> list[str]:
@@ -103,13 +142,18 @@ class SimEngine:
         self.model = self._make()
         self._life += 1
         self._stepping = False
+        self._whole = self._looked_steps = 0
+        self._looked, self._paused, self._uneven = [], {}, False
         return lost
 
     def _step(self) -> None:
         model, agenda = self.model, self._agenda
         if self._pace_s is not None:
             model.set_pace(self._pace_s())
+        preemptions = model.preemptions
         planned = model.next_step(agenda.now_s)
+        if model.held_up or model.preemptions != preemptions:
+            self._uneven = True
         self._stepping = planned is not None
         if planned is None:
             return
@@ -130,21 +174,70 @@ class SimEngine:
         self.busy_s += self.step_s or 0.0
         self._step()
         streams = self.streams
+        whole: tuple[Emitted, ...] = ()
         for token in emitted:
             lease_id = token.sequence_id
-            streams[lease_id].milestones.append((token.index, number))
+            stream = streams[lease_id]
+            self._uneven |= len(stream.milestones) > 0 and not token.finished  # it is back from a pause
+            stream.milestones.append((token.index, number))
+            if not stream.told:
+                whole += (token,) if token.finished else ()
+                continue
             if token.index == 0:
                 self._listener.first_token(lease_id)
             if token.finished:
                 self._listener.finished(lease_id, token.index + 1)
+        for token in whole:  # an answer in one piece is written when all tokens of the step are out
+            self._listener.finished(token.sequence_id, token.index + 1)
 
     def progress(self) -> list[tuple[str, int]]:
         """Every stream that decodes, with its tokens so far."""
         return self.model.decode_progress()
 
+    def look(self) -> Look | None:
+        """The streams that got tokens since the last look; None when none did.
+
+        What a gateway sees of steps is what came out of them: how long the one in flight takes is not told.
+        """
+        model, last_s = self.model, self.last_step_s
+        if model.steps == self._looked_steps:
+            return None
+        before_s, before, steps = self._looked_s, self._looked, model.steps - self._looked_steps
+        self._looked_s, self._looked_steps = last_s, model.steps
+        progress = self.model.decode_progress()
+        if self._uneven:
+            progress += model.preempted_progress()
+        if self._whole:
+            streams = self.streams
+            progress = [one for one in progress if streams[one[0]].told]
+        self._looked = progress
+        if not self._uneven:
+            return Look(progress, steps, (last_s - before_s) / steps, None)
+        self._uneven = model.held_up > 0
+        return self._look_closely(progress, dict(before), before_s)
+
+    def _look_closely(self, progress: list[tuple[str, int]], before: dict[str, int], before_s: float) -> Look:
+        """A look after steps that left somebody out: everybody's gap is their own."""
+        moved: list[tuple[str, int]] = []
+        gaps: dict[str, float] = {}
+        paused: dict[str, tuple[int, float]] = {}
+        for lease_id, tokens in progress:
+            seen = self._paused.get(lease_id)
+            if seen is None and lease_id in before:
+                seen = before[lease_id], before_s
+            if seen is not None and seen[0] == tokens:
+                paused[lease_id] = seen
+                continue
+            moved.append((lease_id, tokens))
+            if seen is not None:
+                gaps[lease_id] = (self.last_step_s - seen[1]) / (tokens - seen[0])
+        self._paused = paused
+        return Look(moved, 0, 0.0, gaps)
+
     def close(self, lease_id: str, arrival_s: float, slo: Slo) -> StreamTimes:
         """Forget a stream that ended, and say how it went."""
         stream = self.streams.pop(lease_id)
+        self._whole -= not stream.told
         milestones = stream.milestones
         if not milestones:
             return StreamTimes(0, None, None, None)

@@ -175,15 +175,17 @@ class SimFleet:
         now_s = self.agenda.now_s
         alone = len(self.replicas) == 1
         for name, engine in self.engines.items():
-            if not engine.streams:
+            look = engine.look()
+            if look is None:
                 continue
-            progress = [ev.Progress(lease_id, tokens) for lease_id, tokens in engine.progress()]
             age_s = now_s - engine.last_step_s
             for replica in self.replicas:
-                own = progress
+                moved = look.moved
                 if not alone:
-                    own = [one for one in progress if self._owners[one.lease_id] is replica]
-                replica.tell(ev.Progressed(name, tuple(own), engine.step_s, age_s))
+                    moved = [one for one in moved if self._owners[one[0]] is replica]
+                if moved:
+                    progress = tuple([ev.Progress(lease_id, tokens) for lease_id, tokens in moved])
+                    replica.tell(ev.Progressed(name, progress, look.step_s(moved), age_s))
         if not alone:
             self._tell_of_others()
         self.agenda.at(now_s + PROGRESS_PERIOD_S, self._progress)
@@ -210,7 +212,8 @@ class SimFleet:
                 sim.output_tokens,
                 prefix_blocks=sim.prefix_blocks,
                 received_tokens=prompt if self.options.received else 0,
-            )
+            ),
+            streamed=request.streamed,
         )
         return True
 
@@ -234,7 +237,7 @@ class SimFleet:
             engine.slowness *= fault.factor
             return
         self._set_state(name, BackendState.DOWN)
-        begun = {lease_id for lease_id, stream in engine.streams.items() if stream.milestones}
+        begun = {lease_id for lease_id, stream in engine.streams.items() if stream.milestones and stream.told}
         tokens = dict(engine.progress())
         for lease_id in engine.crash():
             owner = self._owners.pop(lease_id)

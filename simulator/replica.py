@@ -102,7 +102,10 @@ class Replica:
                 if self._store is None:
                     self.tell(ev.Reserved(request_id, lease_id, candidates[0].backend))
                 else:
-                    self.tell(self._store.reserve(request_id, lease_id, candidates))
+                    answer = self._store.reserve(request_id, lease_id, candidates)
+                    if isinstance(answer, ev.ReserveRefused):
+                        self._view.forget(answer.foreign)
+                    self.tell(answer)
             case ev.Open():
                 self._open_stream(action)
             case ev.Refuse(request_id, refusal):

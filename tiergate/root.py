@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from random import Random
 
@@ -16,11 +18,12 @@ from profiles import ProfileError, load
 from scheduling.dispatcher import Dispatcher
 from scheduling.options import Options
 from scheduling.policies import POLICIES, make
-from state.memory import MemoryStore
+from state.memory import MemoryState, MemoryStore
 
 
-def wire(settings: Settings) -> Wiring:
-    """Everything a gateway needs, on the memory store. Raises ConfigError."""
+def wire(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Wiring:
+    """Everything a gateway needs, on the memory store. `clock` is its one clock, the event loop's. Raises
+    ConfigError."""
     dispatcher = make_dispatcher(settings)
     check_profiles(settings)
     counter = TokenCounter(
@@ -30,7 +33,8 @@ def wire(settings: Settings) -> Wiring:
         learned = Learned(counter, settings.learned_state)
     except (OSError, ValidationError, ProfileError) as error:
         raise ConfigError(f"learned_state: {settings.learned_state}: {error}") from None
-    return Wiring(dispatcher, MemoryStore(), learned, counter, version("tiergate"))
+    store = MemoryStore(MemoryState(clock))
+    return Wiring(dispatcher, store, learned, counter, version("tiergate"), clock=clock)
 
 
 def make_dispatcher(settings: Settings) -> Dispatcher:

@@ -134,6 +134,19 @@ class EngineModel:
             if sequence.state is State.DECODE
         ]
 
+    def preempted_progress(self) -> list[tuple[str, int]]:
+        """Every sequence that was preempted and does not decode again yet, with the tokens it has made so far."""
+        return [
+            (key, sequence.generated)
+            for key, sequence in self._known.items()
+            if sequence.generated and sequence.state is not State.DECODE
+        ]
+
+    @property
+    def held_up(self) -> int:
+        """Decodes that were left out of the step in flight, or of the last one."""
+        return len(self._held_up)
+
     # --- sequences in and out ------------------------------------------------------------------------------
 
     def submit(self, spec: SequenceSpec, now_s: float) -> None:
