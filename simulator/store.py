@@ -7,7 +7,7 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -66,8 +66,13 @@ class View:
     """What one replica was told last of the others, so that only changes are told again."""
 
     def __init__(self) -> None:
-        self._foreign: dict[str, LoadVector] = {}
+        self._foreign: dict[str, LoadVector | None] = {}
         self._epochs: dict[str, int] = {}
+
+    def forget(self, backends: Iterable[str]) -> None:
+        """The replica learned of these from elsewhere, newer than what is on its way: tell it again next time."""
+        for backend in backends:
+            self._foreign[backend] = None
 
     def changes(self, loads: Mapping[str, BackendLoad]) -> list[ev.Event]:
         """The events that bring the replica up to a reading of the store."""
