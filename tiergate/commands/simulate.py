@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import sys
 import tempfile
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from tiergate.commands import Subparsers
 
 _COLUMNS = 80
+_PLAN = "tiergate.commands.simulate_plan"
 _DESCRIPTION = """\
 Runs the gateway's own policies on a simulated fleet: engines are models on a virtual clock, their step times come
-from latency profiles. Without options: PolyServe's tiers on eight H200, three policies, about half a minute.
+from latency profiles. Without options: PolyServe's tiers on eight H200, three policies, about twenty seconds.
 """
 
 
@@ -50,6 +52,10 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_fleet(parser.add_argument_group("fleet"))
     _add_run(parser.add_argument_group("run"))
     _add_output(parser.add_argument_group("output"))
+    # A subcommand's own --trace and --tiers take the place of these; without one, this parser's `run` is called.
+    actions = parser.add_subparsers(dest="action", metavar="plan", title="instead of a scenario")
+    if importlib.util.find_spec(_PLAN) is not None:
+        importlib.import_module(_PLAN).add_parser(actions)
 
 
 def _default(name: str) -> str:

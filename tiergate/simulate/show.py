@@ -36,10 +36,11 @@ def answer(comparison: Comparison, scenario: Scenario) -> RenderableType:
     return Group(*parts)
 
 
-_LEGEND = """\
-Requests that kept every deadline, % of all offered, ± half a 95 % interval over seeds.
-worst: the tier that fares worst. Times in ms, of what was served. inst·s: instance-
-seconds a finished request cost. busy: backends with work, mean."""
+_LEGEND = (
+    "Requests that kept every deadline, % of all offered, ± half a 95 % interval over seeds; worst: the tier that "
+    "fares worst. Times in ms, of what was served. inst·s: instance-seconds a request cost. busy: backends with "
+    "work, mean over the window."
+)
 
 
 def _head(comparison: Comparison, scenario: Scenario) -> list[Text]:
@@ -60,15 +61,12 @@ def _head(comparison: Comparison, scenario: Scenario) -> list[Text]:
     if left_out:
         lines.append(f"{100 * left_out:.2g} % of the trace was left out: no idle engine keeps its promise.")
     window_s = min(run.outcome.window_s for run in comparison.runs)
-    if scenario.residence_s and window_s < _RESIDENCES * scenario.residence_s:
+    if scenario.residence_s and window_s < scenario.residence_s:
         lines.append(
             f"Note: {window_s:.0f} s are measured, and a request may stay for {scenario.residence_s:.0f} s. Work "
             "that is put off past the window flatters a policy: take more --requests."
         )
     return [Text(line) for line in lines]
-
-
-_RESIDENCES = 2.0  # of the longest promised stay: a shorter window is told
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
