@@ -127,8 +127,8 @@ def _walk_driven(ledger: Ledger, request: Request, now_s: float, within_s: float
     """The same on an engine that shrinks chunks so that every step is done within a time (PolyServe §4.7).
 
     The chunk falls as those ahead begin to decode, as everybody's KV grows by a token a step, and with the
-    prompt's own context. It falls almost in a straight line, so a stretch takes its tokens over the logarithmic
-    mean of the chunks at its ends. Nobody is taken to leave on the way.
+    prompt's own context. It falls almost in a straight line, so the newcomer's prompt takes the logarithmic mean
+    of the chunks at its ends, and those ahead the chunk half way. Nobody is taken to leave on the way.
     """
     backend = ledger.backend
     seconds_of = backend.step_time.seconds_of
@@ -142,11 +142,14 @@ def _walk_driven(ledger: Ledger, request: Request, now_s: float, within_s: float
     )
     ahead_steps, least, least_s = 0.0, chunk, full_s
     if ledger.queued:
-        # they decode by the time the newcomer's prompt is at its first chunk
-        decodes += ledger.queued
-        kv_tokens = ledger.kv_tokens + int(ahead / chunk * decodes)
+        # half of them decode on the way, and all by the time the newcomer's prompt is at its first chunk
+        queued, queued_kv = ledger.queued, ledger.kv_tokens - kv_tokens
+        context = ahead // (2 * queued)
+        mean, _ = _chunk_near(ledger, chunk, within_s, context, decodes + queued // 2, kv_tokens + queued_kv // 2)
+        ahead_steps = ahead / mean
+        decodes += queued
+        kv_tokens += queued_kv + int(ahead_steps * decodes)
         least, least_s = _chunk_near(ledger, chunk, within_s, cached, decodes, kv_tokens)
-        ahead_steps = ahead / _log_mean(chunk, least)
     first = least
     if own > first or cached:
         kv_tokens += int(own / first * decodes)
@@ -180,7 +183,7 @@ def _walk_driven(ledger: Ledger, request: Request, now_s: float, within_s: float
 def _chunk_near(
     ledger: Ledger, most: int, within_s: float, context: int, decodes: int, kv_tokens: int
 ) -> tuple[int, float]:
-    """The largest chunk up to `most` that keeps a step within a time, by one secant, and the step's time.
+    """The largest chunk up to `most` that keeps a step within a time, by two secants, and the step's time.
 
     At least one token. `most` is a chunk of the same engine in a lighter state, so it is near.
     """
@@ -188,11 +191,20 @@ def _chunk_near(
     most_s = seconds_of(most, 1, context, most * (context + most / 2), decodes, kv_tokens)
     if most_s <= within_s or most <= 1:
         return most, most_s
-    half = most // 2
-    half_s = seconds_of(half, 1, context, half * (context + half / 2), decodes, kv_tokens)
-    slope_s = (most_s - half_s) / (most - half)
-    chunk = most - math.ceil((most_s - within_s) / slope_s) if slope_s > 0.0 else 1
-    return max(chunk, 1), within_s
+    low = most // 2
+    low_s = seconds_of(low, 1, context, low * (context + low / 2), decodes, kv_tokens)
+    chunk = _crossing(low, low_s, most, most_s, within_s)
+    if low < chunk:
+        chunk_s = seconds_of(chunk, 1, context, chunk * (context + chunk / 2), decodes, kv_tokens)
+        if chunk_s > within_s:
+            chunk = _crossing(low, low_s, chunk, chunk_s, within_s)
+    return chunk, within_s
+
+
+def _crossing(low: int, low_s: float, high: int, high_s: float, within_s: float) -> int:
+    """Where the straight line through two chunks' times is at a time; at least 1."""
+    slope_s = (high_s - low_s) / (high - low)
+    return max(high - math.ceil((high_s - within_s) / slope_s), 1) if slope_s > 0.0 else 1
 
 
 def _log_mean(a: int, b: int) -> float:

@@ -28,7 +28,7 @@ class Promotion(Enum):
 
     LAZY = "lazy"  # when all backends of its own tier are full (§4.4)
     EAGER = "eager"  # whenever a tighter tier has room
-    NEVER = "never"
+    NEVER = "never"  # but for a tier that has no backend at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class PolyServe:
             yield from self._promotions(tier, fleet, now_s)
         if own:
             yield Stage(Outcome.OWN_TIER, self._walk(tier, fleet), self._pace(tier, fleet, now_s))
-        if self.promotion is Promotion.LAZY:
+        if self.promotion is Promotion.LAZY or (self.promotion is Promotion.NEVER and not own):
             yield from self._promotions(tier, fleet, now_s)
         if not own:
             yield Stage(Outcome.SHARED, fleet.neighbours(tier), tier.host_tpot_s)
@@ -91,7 +91,7 @@ class PolyServe:
         if host.rank == tier.rank:
             return Stage(Outcome.OWN_TIER, (ledger,), fleet.host_tpot_s(ledger, now_s))
         if host.rank < tier.rank:
-            if self.promotion is Promotion.NEVER:
+            if self.promotion is Promotion.NEVER and fleet.tier_size(tier.name):
                 return None
             return Stage(Outcome.PROMOTED, (ledger,), fleet.host_tpot_s(ledger, now_s))
         if not fleet.tier_size(tier.name) and any(ledger is other for other in fleet.neighbours(tier)):

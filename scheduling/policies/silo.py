@@ -29,7 +29,7 @@ class Silo:
     checks = ALL_CHECKS
 
     def stages(self, request: Request, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:
-        home = _home(tier, fleet)
+        home = _home(tier, fleet, request.model)
         if home is not None:
             yield Stage(Outcome.ROUTED, sorted(fleet.walk_tier(home.name), key=_load), home.host_tpot_s)
 
@@ -37,7 +37,7 @@ class Silo:
         yield from self.stages(request, tier, fleet, now_s)
 
     def stage_on(self, tier: Tier, ledger: Ledger, fleet: Fleet, now_s: float) -> Stage | None:
-        home = _home(tier, fleet)
+        home = _home(tier, fleet)  # of any model: another home is found by a look over all stages
         if home is None or ledger.tier != home.name:
             return None
         return Stage(Outcome.ROUTED, (ledger,), home.host_tpot_s)
@@ -47,13 +47,14 @@ class Silo:
         return request.arrival_s
 
 
-def _home(tier: Tier, fleet: Fleet) -> Tier | None:
-    """The tier whose backends serve this one: its own; without any, the nearest that has some, tighter first,
-    since fewer backends than tiers leave somebody homeless."""
-    if fleet.tier_size(tier.name):
-        return tier
-    others = [*reversed(fleet.tiers.tiers[: tier.rank]), *fleet.tiers.tiers[tier.rank + 1 :]]
-    return next((other for other in others if fleet.tier_size(other.name)), None)
+def _home(tier: Tier, fleet: Fleet, model: str | None = None) -> Tier | None:
+    """The tier whose backends serve this one: its own; where it has none (for the model), the nearest that has
+    some, tighter first, since fewer backends than tiers leave somebody homeless."""
+    tighter, looser = fleet.tiers.tiers[: tier.rank], fleet.tiers.tiers[tier.rank + 1 :]
+    for home in (tier, *reversed(tighter), *looser):
+        if any(model is None or ledger.backend.serves(model) for ledger in fleet.walk_tier(home.name)):
+            return home
+    return None
 
 
 def _load(ledger: Ledger) -> tuple[int, int, str]:

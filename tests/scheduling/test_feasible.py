@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -159,6 +160,75 @@ def test_resident_slack() -> None:
         put(ledger, "x", generated, now_s=0.45)
         asked = request("a", "slow", 2000, arrival_s=0.45)
         assert verdict(ledger, asked, host_s=0.1, now_s=0.45) is expected, generated
+
+
+# --- switches ----------------------------------------------------------------------------------------------
+
+
+def only(**changes: object) -> Checks:
+    return replace(ALL_CHECKS, **changes)  # type: ignore[arg-type]  # a test's shorthand
+
+
+def test_without_the_wait_checks_a_late_one_is_let_in() -> None:
+    late = request("a", slo=Slo(0.1, 0.02), prompt_tokens=2000)
+    ledger = Ledger(backend())
+    assert judge(ledger, ask_for(late), 0.1, 0.0).verdict is Verdict.FIRST_TOKEN
+    second = only(first_token=False)
+    assert judge(ledger, ask_for(late), 0.1, 0.0, second).verdict is Verdict.SECOND_TOKEN
+    assert judge(ledger, ask_for(late), 0.1, 0.0, only(first_token=False, second_token=False)).feasible
+
+
+def test_without_the_slack_check_a_prompt_may_hurt_a_resident() -> None:
+    ledger = Ledger(backend())
+    put(ledger, "x", 2, now_s=0.45)
+    asked = ask_for(request("a", "slow", 2000, arrival_s=0.45))
+    assert judge(ledger, asked, 0.1, 0.45).verdict is Verdict.RESIDENT_SLACK
+    assert judge(ledger, asked, 0.1, 0.45, only(resident_slack=False)).feasible
+
+
+def test_a_driven_engine_needs_no_slack_of_its_residents() -> None:
+    ledger = Ledger(backend(dynamic_chunk=True))
+    put(ledger, "x", 2, now_s=0.45)
+    assert verdict(ledger, request("a", "slow", 500, arrival_s=0.45), host_s=0.1, now_s=0.45) is Verdict.FEASIBLE
+
+
+def test_a_chunk_has_to_last_on_a_driven_engine() -> None:
+    """1000 tokens at 50 ms: 400 tokens a step alone, and the few behind ten thousand of context are fewer."""
+    slowing = RooflineStepTime(c0_s=0.010, per_token_s=0.0001, per_seq_s=0.0009, per_kv_s=1e-6)
+    ledger = Ledger(backend(dynamic_chunk=True, step_time=slowing))
+    for index in range(4):
+        put(ledger, f"x{index}", 0, tier="mid", prompt_tokens=4000, slo=Slo(60.0, 0.05))
+    ttft_s = walk_prefill(ledger, request("a", prompt_tokens=4000), 0.0, 0.05).service_s
+    seen = {
+        (factor, kept): judge(
+            ledger,
+            ask_for(request("a", prompt_tokens=4000, slo=Slo(ttft_s * factor, 0.05))),
+            0.05,
+            0.0,
+            only(chunk_kept=kept),
+        ).verdict
+        for factor in (1.02, 1.5)
+        for kept in (True, False)
+    }
+    assert seen[1.02, True] is Verdict.CHUNK
+    assert seen[1.02, False] is Verdict.FEASIBLE
+    assert seen[1.5, True] is seen[1.5, False] is Verdict.FEASIBLE
+
+
+def test_how_kv_is_taken_to_grow() -> None:
+    """Ten residents with 100 tokens each that have 50 to come; the newcomer brings 100 and has 50 to come."""
+    ledger = Ledger(backend())
+    for index in range(10):
+        put(ledger, f"x{index}", 1, tier="slow")
+    ask = ask_for(request("a", "slow"))
+    peaks = {growth: judge(ledger, ask, 0.1, 0.0, only(kv_growth=growth)).peak_kv_tokens for growth in KvGrowth}
+    assert peaks[KvGrowth.CURRENT] == 10 * 101 + 100
+    assert peaks[KvGrowth.UPPER] == 10 * 101 + 100 + 11 * 50
+    current, peak, upper = peaks[KvGrowth.CURRENT], peaks[KvGrowth.PEAK], peaks[KvGrowth.UPPER]
+    assert current is not None
+    assert peak is not None
+    assert upper is not None
+    assert current < peak <= upper
 
 
 def test_one_without_a_promise_is_hurt_by_nothing() -> None:

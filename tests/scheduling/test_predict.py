@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 
 import pytest
@@ -12,7 +13,7 @@ from scheduling.backends import Backend, EngineLimits
 from scheduling.ledger import Ledger
 from scheduling.lengths import FixedLength
 from scheduling.load import LoadVector
-from scheduling.predict import steady_step_s, walk_prefill
+from scheduling.predict import expected_tpot_s, steady_step_s, walk_prefill
 from scheduling.residents import Resident
 from scheduling.tiers import Slo
 from tests.scheduling.play import STEP_TIME, backend, cost_of, request
@@ -26,12 +27,15 @@ LOOSE = Slo(60.0, 1.0)
 class Twin:
     """An engine model and a ledger that is told what the model does."""
 
-    def __init__(self, step_time: StepTime, chunk_tokens: int) -> None:
+    def __init__(self, step_time: StepTime, chunk_tokens: int, pace_s: float = math.inf) -> None:
         limits = EngineLimits(256, chunk_tokens, 400_000, 40_000)
-        self.backend = Backend("a", step_time, limits=limits)
+        driven = math.isfinite(pace_s)
+        self.pace_s = pace_s
+        self.backend = Backend("a", step_time, limits=limits, dynamic_chunk=driven)
         self.ledger = Ledger(self.backend)
         config = EngineConfig(400_000, 40_000, max_running_seqs=256, max_batched_tokens=chunk_tokens)
         self.engine = EngineModel(config, step_time)
+        self.engine.set_pace(pace_s if driven else None)
         self.now_s = 0.0
         self.ends_s: float | None = None
         self._names = itertools.count()
@@ -49,7 +53,7 @@ class Twin:
 
     def predict_s(self, prompt_tokens: int) -> float:
         asked = request("new", prompt_tokens=prompt_tokens, slo=LOOSE, arrival_s=self.now_s)
-        return walk_prefill(self.ledger, asked, self.now_s, float("inf")).service_s
+        return walk_prefill(self.ledger, asked, self.now_s, self.pace_s).service_s
 
     def _begin(self) -> None:
         planned = self.engine.next_step(self.now_s)
@@ -174,6 +178,57 @@ def test_a_driven_engine_shrinks_its_chunks_to_the_pace() -> None:
     assert walked.first_step_s <= 0.030
     careful = Ledger(backend(max_batched_tokens=1000, dynamic_chunk=True, margin=1.5))
     assert walk_prefill(careful, long, 0.0, 0.030).steps == 10, "with a margin the steps must be planned shorter"
+
+
+@pytest.mark.parametrize("pace_s", [0.1, 0.2, 0.3])
+def test_ttft_on_a_driven_engine(pace_s: float) -> None:
+    """Chunks shrink as others begin to decode and as KV grows: predicted without walking every step, and within
+    two steps or a fifth of what the engine does."""
+    errors = []
+    for decodes in (0, 20, 60):
+        for queue in ([], [800], [3000], [1500, 40, 2500]):
+            for steps_in in (0, 2):
+                twin = Twin(PROFILE.step_time, 2048, pace_s)
+                twin.warm([700] * decodes)
+                waiting = {twin.submit(prompt) for prompt in queue}
+                for _ in range(steps_in if queue else 0):
+                    if waiting:
+                        waiting -= twin.step()
+                begin_s = twin.now_s
+                predicted_s = twin.predict_s(1800)
+                actual_s = twin.until_first(twin.submit(1800)) - begin_s
+                assert abs(predicted_s - actual_s) < max(2 * pace_s, 0.2 * actual_s)
+                errors.append(abs(predicted_s - actual_s) / pace_s)
+    print(f"TTFT, driven to {pace_s * 1e3:g} ms: median error {statistics.median(errors):.2f} steps")
+    assert statistics.median(errors) < 1.0
+
+
+def test_a_driven_walk_tells_its_least_chunk() -> None:
+    """200 tokens keep 30 ms beside nobody; beside ten decodes and a queue that will decode too, fewer do."""
+    ledger = Ledger(backend(max_batched_tokens=1000, dynamic_chunk=True))
+    alone = walk_prefill(ledger, request("a", prompt_tokens=1000), 0.0, 0.030)
+    assert (alone.tokens, alone.least_chunk_tokens) == (1000, 200)
+    ledger.foreign = LoadVector(10, 0, 0)
+    ledger.refresh(0.0)
+    beside = walk_prefill(ledger, request("a", prompt_tokens=1000), 0.0, 0.030)
+    assert beside.least_chunk_tokens == 100
+    assert beside.steps == 10
+    assert beside.total_s == pytest.approx(0.3)
+
+
+def test_expected_pace_of_a_driven_engine_stays_within_its_steps() -> None:
+    ledger = Ledger(backend(max_batched_tokens=1000, dynamic_chunk=True))
+    for index in range(5):
+        asked = request(f"x{index}", "slow", 3000)
+        ledger.place(Resident(f"x{index}", asked, cost_of(asked), FixedLength(50.0), 0.0, guest=False), 0.0)
+    steady_s = steady_step_s(ledger, request("n", "slow"), 20_000)
+    driven_s = expected_tpot_s(ledger, steady_s, 0.1, 0.050)
+    assert steady_s < driven_s
+    stock = Ledger(backend(max_batched_tokens=1000))
+    for index in range(5):
+        asked = request(f"x{index}", "slow", 3000)
+        stock.place(Resident(f"x{index}", asked, cost_of(asked), FixedLength(50.0), 0.0, guest=False), 0.0)
+    assert expected_tpot_s(stock, steady_s, 0.1, 0.050) != driven_s
 
 
 def test_the_steady_step_has_no_prefill_in_it() -> None:
