@@ -301,6 +301,12 @@ def test_a_busy_engine_comes_near_the_bound() -> None:
     assert took_s < 60.0
     least_s = 600 / bound_of(requests, count=1).long_run_rps(1.0)
     assert 0.8 * took_s < least_s <= took_s
+    # The same run, judged by last tokens that are due when it ended: possible, and not much sooner.
+    for part, possible in ((1.0, True), (0.8, False)):
+        slo = Slo(part * took_s, 1e-6)
+        due = [offer(i, 300, 50, slo, arrival_s=i * 1e-6, streamed=False) for i in range(600)]
+        found = upper_bound(due, [EngineKind(LINEAR, LIMITS, 1)], rate_rps=1e6)
+        assert found.attainable(1e6, 1.0) is possible
 
 
 def test_what_is_above_is_refused_with_both_rates() -> None:
