@@ -113,6 +113,10 @@ class Dispatcher:
         """What this replica carries on a backend."""
         return self.fleet[backend].own_load()
 
+    def publish(self, backend: str, now_s: float) -> LoadVector:
+        """The same, to be published to the store at once: limits of later reservations count on it."""
+        return self.fleet[backend].publish(now_s)
+
     # --- requests ------------------------------------------------------------------------------------------
 
     def _arrived(self, event: ev.Arrived, now_s: float, out: list[ev.Action]) -> None:

@@ -66,6 +66,7 @@ class Ledger:
         "prefill_since_s",
         "prefill_work",
         "prefill_work_s",
+        "published_s",
         "queued",
         "queued_prefill_tokens",
         "queued_slack_floor",
@@ -97,6 +98,7 @@ class Ledger:
         self.prefill_work = 0.0
         self.prefill_work_s = 0.0
         self.stored_decodes = self.stored_kv_tokens = self.stored_prefill_tokens = 0
+        self.published_s = -math.inf
         self.load = 0.0
         self._unstreamed = 0
         self._growth = GrowthCurve()
@@ -146,9 +148,7 @@ class Ledger:
         resident = self.residents.pop(lease_id, None)
         if resident is None:
             return None
-        self.stored_decodes -= resident.cost.decodes
-        self.stored_kv_tokens -= resident.cost.peak_kv_tokens
-        self.stored_prefill_tokens -= resident.cost.prefill_tokens
+        self._unstore(resident)
         if not resident.first_token:
             self.prefill_since_s = now_s  # whose prompt the engine had been at is not known
         if not self.residents or self._unstreamed:
@@ -157,6 +157,24 @@ class Ledger:
         else:
             self._subtract(resident)
         return resident
+
+    def _unstore(self, gone: Resident) -> None:
+        """What the store counts after this end (`state.contract.Store.release`): of those that a publish has seen,
+        how much of the prompt is still queued is told by the next one."""
+        cost = gone.cost
+        self.stored_decodes = max(self.stored_decodes - cost.decodes, 0)
+        self.stored_kv_tokens = max(self.stored_kv_tokens - cost.peak_kv_tokens, 0)
+        if gone.placed_s > self.published_s:
+            self.stored_prefill_tokens = max(self.stored_prefill_tokens - cost.prefill_tokens, 0)
+
+    def publish(self, now_s: float) -> LoadVector:
+        """What this replica carries here, for the store: from then on it counts this in place of single costs."""
+        own = self.own_load()
+        self.stored_decodes = own.decodes
+        self.stored_kv_tokens = own.peak_kv_tokens
+        self.stored_prefill_tokens = own.queued_prefill_tokens
+        self.published_s = now_s
+        return own
 
     def _subtract(self, resident: Resident) -> None:
         """What `refresh` makes of a streamed resident's end, without looking at the others."""

@@ -53,14 +53,15 @@ def kinds_of(fleet: FleetSpec) -> list[Kind]:
 
 
 def idle_ttft(kinds: list[Kind], fleet: FleetSpec) -> Callable[[int, float], float]:
-    """The first token of a prompt on the fleet's slowest idle engine (`simulator.workload.Achievable`)."""
+    """The first token of a prompt on the idle engine of the fleet that is best at it: what may be promised
+    (`simulator.workload.Achievable`)."""
     host_s = fleet.host_step_s + fleet.host_seq_s
     idle = [
         IdleEngine(kind.step_time, kind.limits.max_batched_tokens or 2048, host_s) for kind in dict.fromkeys(kinds)
     ]
     if len(idle) == 1:
         return idle[0]
-    return lambda prompt_tokens, tpot_s: max(one(prompt_tokens, tpot_s) for one in idle)
+    return lambda prompt_tokens, tpot_s: min(one(prompt_tokens, tpot_s) for one in idle)
 
 
 def shortest_model_tokens(kinds: list[Kind]) -> int | None:

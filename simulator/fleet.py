@@ -17,6 +17,7 @@ from scheduling.dispatcher import Dispatcher
 from scheduling.requests import Request
 from simulator.agenda import Agenda
 from simulator.engines import SimEngine, StreamTimes
+from simulator.health import Watch
 from simulator.outcome import Sample
 from simulator.replica import Replica
 from simulator.requests import SimRequest
@@ -80,6 +81,7 @@ class SimFleet:
             name: SimEngine(name, make, self.agenda, self, self._pace_of(name) if self.options.driven else None)
             for name, make in sorted(engines.items())
         }
+        self._watches: dict[str, Watch] = {}  # of backends that will fail
         self._dealt = 0
         self._unended = 0
         self._unended_measured = 0
@@ -139,10 +141,15 @@ class SimFleet:
         names = list(self.engines)
         for fault in self.options.faults:
             name = names[fault.backend]
+            if fault.kind is FaultKind.DOWN and name not in self._watches:
+                self._watches[name] = self._watch(name)
             self.agenda.at(fault.from_s, lambda fault=fault, name=name: self._fault(name, fault))  # type: ignore[misc]
             self.agenda.at(fault.from_s + fault.for_s, lambda fault=fault, name=name: self._mend(name, fault))  # type: ignore[misc]
         if self.options.sample_s is not None:
             self.agenda.at(self.agenda.now_s, self._sample)
+
+    def _watch(self, name: str) -> Watch:
+        return Watch(self.agenda, lambda: self.engines[name].alive, lambda up: self._noticed(name, up))
 
     def _pace_of(self, name: str) -> Callable[[], float | None]:
         """The pace an engine is driven at: the shortest that anybody on board, or its host, was promised."""
@@ -192,6 +199,8 @@ class SimFleet:
 
     def _tell_of_others(self) -> None:
         for replica in self.replicas:
+            replica.publish()
+        for replica in self.replicas:
             for event in replica.changes(self.starting):
                 tell = lambda replica=replica, event=event: replica.tell(event)  # noqa: E731  # bound now
                 self.agenda.at(self.agenda.now_s + self.options.view_age_s, tell)
@@ -199,8 +208,8 @@ class SimFleet:
     def open(self, replica: Replica, sim: SimRequest, lease_id: str, backend: str) -> bool:
         """Open a stream; False when the engine is not there."""
         engine = self.engines[backend]
-        ledger = replica.dispatcher.fleet[backend]
-        if ledger.backend.state is BackendState.DOWN:
+        if not engine.alive:
+            self._watches[backend].suspect()
             return False
         request = sim.request
         prompt = request.prompt_tokens
@@ -236,20 +245,24 @@ class SimFleet:
         if fault.kind is FaultKind.SLOW:
             engine.slowness *= fault.factor
             return
-        self._set_state(name, BackendState.DOWN)
         begun = {lease_id for lease_id, stream in engine.streams.items() if stream.milestones and stream.told}
         tokens = dict(engine.progress())
-        for lease_id in engine.crash():
+        lost = engine.crash()
+        for lease_id in lost:
             owner = self._owners.pop(lease_id)
             owner.lost(lease_id, tokens.get(lease_id, 1) if lease_id in begun else 0)
+        if lost:
+            self._watches[name].suspect()
 
     def _mend(self, name: str, fault: Fault) -> None:
         if fault.kind is FaultKind.SLOW:
             self.engines[name].slowness /= fault.factor
         else:
-            self._set_state(name, BackendState.UP)
+            self.engines[name].alive = True
 
-    def _set_state(self, name: str, state: BackendState) -> None:
+    def _noticed(self, name: str, up: bool) -> None:
+        """Gateways found out that a backend is up or down."""
+        state = BackendState.UP if up else BackendState.DOWN
         for replica in self.replicas:
             backend = replica.dispatcher.fleet[name].backend
             replica.tell(ev.BackendChanged(replace(backend, state=state)))

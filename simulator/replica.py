@@ -45,6 +45,7 @@ class Replica:
         self._agenda = fleet.agenda
         self._store = store
         self._view = View()
+        self._published: set[str] = set()  # backends that the store counts a load of ours on
         self._wake_s: float | None = None
         self._requests: dict[str, SimRequest] = {}
         self._open: dict[str, tuple[SimRequest, ev.Open]] = {}  # by lease
@@ -61,6 +62,18 @@ class Replica:
         for ledger in list(self.dispatcher.fleet):
             if ledger.claiming_for is not None:
                 self._claim(ev.Claim(ledger.backend.name, ledger.claiming_for, ledger.epoch, "dealt"))
+
+    def publish(self) -> None:
+        """Tell the store what this replica carries, where it carries anything or did."""
+        if self._store is None:
+            return
+        for ledger in self.dispatcher.fleet:
+            name = ledger.backend.name
+            if ledger.residents or name in self._published:
+                self._published.add(name)
+                self._store.publish(name, self.dispatcher.publish(name, self._agenda.now_s))
+                if not ledger.residents:
+                    self._published.discard(name)
 
     def changes(self, hidden: set[str]) -> list[ev.Event]:
         """What the store says of the others that this replica was not told yet, but of some backends."""
@@ -110,13 +123,11 @@ class Replica:
                 self._open_stream(action)
             case ev.Refuse(request_id, refusal):
                 self._end(self._requests[request_id], None, RequestEnd.REFUSED, refusal.kind.value)
+            # The store is asked to move a backend when all that happens at this instant has been told.
             case ev.Claim():
-                self._claim(action)
-            case ev.HandBack(backend, epoch):
-                if self._store is None:
-                    self.tell(ev.HandedBack(backend, epoch + 1))
-                else:
-                    self.tell(self._store.hand_back(backend, epoch))
+                self._agenda.at(self._agenda.now_s, lambda: self._claim(action))
+            case ev.HandBack():
+                self._agenda.at(self._agenda.now_s, lambda: self._hand_back(action))
             case ev.Release(lease_id):
                 if self._store is not None:
                     self._store.release(lease_id)
@@ -136,6 +147,17 @@ class Replica:
         if not opened:
             del self._open[action.lease_id]
             self.tell(ev.OpenFailed(action.request_id, action.lease_id, retryable=True, cause="down"))
+
+    def _hand_back(self, action: ev.HandBack) -> None:
+        backend, epoch = action.backend, action.expected_epoch
+        if self._store is not None:
+            self.tell(self._store.hand_back(backend, epoch))
+            return
+        ledger = self.dispatcher.fleet[backend]
+        if ledger.idle:
+            self.tell(ev.HandedBack(backend, epoch + 1))
+        else:
+            self.tell(ev.HandBackRefused(backend, ledger.tier, ledger.epoch))
 
     def _claim(self, action: ev.Claim) -> None:
         backend = action.backend

@@ -52,6 +52,9 @@ class SimStore:
             return ev.HandedBack(backend, membership.epoch)
         return ev.HandBackRefused(backend, membership.tier, membership.epoch)
 
+    def publish(self, backend: str, own: LoadVector) -> None:
+        _now(self._store.publish(backend, own, self._store.sequence_of(backend) + 1))
+
     def view(self) -> Mapping[str, BackendLoad]:
         return _now(self._store.view())
 
