@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from simulator.outcome import Sample
-from simulator.report.canvas import GRADIENT, INK, MUTED, SERIES, Drawing, Panel
+from simulator.report.canvas import DASHES, GRADIENT, INK, MUTED, SERIES, Drawing, Panel
 from simulator.report.summary import Comparison
 from simulator.report.values import Run
 
@@ -59,9 +59,9 @@ def _drawing(name: str, section: str, run: Run) -> Drawing:
         name,
         section,
         f"{run.cell.contender.label} at {run.cell.rate_rps:.4g} requests/s: load of each backend, and tiers",
-        "Left: one row a backend, the most loaded of each tier on top; colour is its predicted steady step "
-        "time over the pace of its tier. A gradient shows as rows that fade downwards. Right: how many backends "
-        "each tier holds. One seed, the whole run with warm-up and drain.",
+        "Left: one row a backend, the most loaded of each tier on top; colour is its predicted steady step time "
+        "over the pace of its tier. A gradient shows as rows that fade downwards. Right: how many backends each "
+        "tier holds, or have work where a policy knows no tiers. One seed, the whole run with warm-up and drain.",
         (Panel(lambda axes: _paint_loads(axes, samples, tiers), 1.15), Panel(_servers(samples, tiers), 1.15)),
     )
 
@@ -79,7 +79,7 @@ def _paint_loads(axes: Axes, samples: Sequence[Sample], tiers: Sequence[str]) ->
         most = max(len(sample.backends.get(tier, ())) for sample in samples)
         if not most:
             continue
-        ticks.append((len(rows) + (most - 1) / 2, tier))
+        ticks.append((len(rows) + (most - 1) / 2, "no tiers" if [*tiers] == [POOL] else tier))
         for place in range(most):
             loads = [sample.backends.get(tier, ()) for sample in samples]
             rows.append([load[place] if place < len(load) else math.nan for load in loads])
@@ -103,20 +103,27 @@ def _paint_loads(axes: Axes, samples: Sequence[Sample], tiers: Sequence[str]) ->
 
 
 def _servers(samples: Sequence[Sample], tiers: Sequence[str]) -> Callable[[Axes], None]:
+    """How many backends each tier holds; without tiers, where all are the pool's, how many have work."""
+    tierless = [*tiers] == [POOL]
+
+    def count(sample: Sample, tier: str) -> int:
+        loads = sample.backends.get(tier, ())
+        return sum(load > 0 for load in loads) if tierless else len(loads)
+
     def paint(axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - an extra
 
         times = [sample.at_s for sample in samples]
         for place, tier in enumerate(tiers):
-            counts = [len(sample.backends.get(tier, ())) for sample in samples]
             axes.step(
-                times, counts, where="post", label=tier, linewidth=1.6,
+                times, [count(sample, tier) for sample in samples], where="post", linewidth=1.6,
+                label="with work" if tierless else tier,
                 color=MUTED if tier == POOL else SERIES[place % len(SERIES)],
-                linestyle=("solid", "dashed", "dashdot", "dotted")[place % 4],
+                linestyle=DASHES[place % len(DASHES)],
             )  # fmt: skip
         axes.set_xlabel("time, s")
         axes.set_ylabel("backends")
-        axes.set_title("backends in each tier")
+        axes.set_title("backends with work" if tierless else "backends in each tier")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 

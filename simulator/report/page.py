@@ -14,6 +14,7 @@ from simulator.report.style import STYLE
 from simulator.report.summary import Comparison, Point, TierPoint, compare
 from simulator.report.values import GoodputRow, Setting, Study
 from simulator.scenario import Fault, FaultKind
+from workloads.mix import TierShare
 
 _WORDS = """\
 A request keeps its promise when every token is on time: token i, counted from zero, is due at arrival + TTFT +
@@ -106,7 +107,7 @@ def conditions(comparison: Comparison) -> list[tuple[str, str]]:
     work, fleet = setting.workload, setting.fleet
     shares = sum(tier.share for tier in work.tiers)
     tiers = "; ".join(
-        f"{tier.name} {100 * tier.share / shares:.3g} % (TTFT {_ms(tier.slo.ttft_s)}, TPOT {_ms(tier.slo.tpot_s)})"
+        f"{tier.name} {100 * tier.share / shares:.3g} % ({_promise(tier, drawn=bool(work.ttft_s))})"
         for tier in work.tiers
     )
     lines = [
@@ -161,6 +162,11 @@ def _engines(setting: Setting) -> list[str]:
 def _fault(fault: Fault) -> str:
     what = "down" if fault.kind is FaultKind.DOWN else f"{fault.factor:g} times as slow"
     return f"backend {fault.backend} {what} from {fault.from_s:g} s for {fault.for_s:g} s"
+
+
+def _promise(tier: TierShare, *, drawn: bool) -> str:
+    pace = f"TPOT {_ms(tier.slo.tpot_s)}"
+    return pace if drawn else f"TTFT {_ms(tier.slo.ttft_s)}, {pace}"
 
 
 def _ms(value_s: float | None) -> str:

@@ -122,10 +122,15 @@ def _refusals(points: Iterable[Point]) -> list[Text]:
     lines = []
     for point in points:
         offered = point.overall.offered
-        told = ", ".join(f"{reason} {100 * count / offered:.1f} %" for reason, count in point.refusals if offered)
+        told = ", ".join(f"{reason} {_part(count, offered)}" for reason, count in point.refusals if offered)
         if told:
             lines.append(Text(f"{point.contender} refused: {told}"))
     return [*lines, Text("")] if lines else []
+
+
+def _part(count: int, offered: int) -> str:
+    share = 100 * count / offered
+    return f"{share:.1f} %" if share >= 0.1 else "<0.1 %"
 
 
 def catalogue() -> RenderableType:

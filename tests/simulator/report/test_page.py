@@ -120,12 +120,16 @@ def test_figures_follow_the_theme(html: str) -> None:
 def test_it_tells_the_conditions(study: Study) -> None:
     (comparison,) = compare(study.runs)
     told = dict(conditions(comparison))
-    assert "20ms 10 % (TTFT 500 ms, TPOT 20 ms)" in told["tiers"]
+    assert "20ms 10 % (TPOT 20 ms)" in told["tiers"]
     assert told["TTFT"].startswith("300 ms, 500 ms, 1000 ms")
     assert told["seeds"] == "0, 1, 2"
     assert told["rates"] == "30, 40, 50, 60 requests/s"
     assert told["requests of a run"] == "500 warm-up, 2,000 measured, 500 cool-down, then drained"
     assert told["failures"] == "none"
+    own = replace(comparison.setting, workload=replace(comparison.setting.workload, ttft_s=()))
+    told = dict(conditions(replace(comparison, setting=own)))
+    assert "20ms 10 % (TTFT 500 ms, TPOT 20 ms)" in told["tiers"]
+    assert "TTFT" not in told
     fault = Fault(3, FaultKind.SLOW, 20.0, 10.0, 2.0)
     setting = replace(comparison.setting, fleet=replace(comparison.setting.fleet, faults=(fault,)))
     told = dict(conditions(replace(comparison, setting=setting)))
