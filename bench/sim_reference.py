@@ -16,7 +16,7 @@ from scheduling.tiers import Slo
 from simulator.bounds import EngineKind, upper_bound
 from simulator.build import BLOCK_TOKENS, idle_ttft, kinds_of, shortest_model_tokens
 from simulator.campaign.table import INSTANCES, PROFILE, SLOW_PROFILE, SLOW_TPOT, SLOW_TTFT
-from simulator.reference import Reference, fixed_s, needs_of, reference
+from simulator.reference import Reference, closed_form_gain, fixed_s, needs_of, reference
 from simulator.requests import SimRequest
 from simulator.scenario import Cell, Contender, Engines, FleetSpec, Form, Workload
 from simulator.workload import offered
@@ -58,12 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _print(cell, Form(chosen.form), with_bounds=chosen.bounds)
         if slow:
             print(f"  {name}: TPOT times {SLOW_TPOT}, TTFT times {SLOW_TTFT}, since an idle step misses 20 ms")
-
-
-def closed_form_gain(own_s: float, paces_s: Sequence[float], shares: Sequence[float]) -> float:
-    """The gain where a step takes t0 plus something for every token: cost goes as TPOT / (TPOT - t0)."""
-    costs = [pace_s / (pace_s - own_s) for pace_s in paces_s]
-    return max(costs) * sum(shares) / sum(share * cost for share, cost in zip(shares, costs, strict=True))
 
 
 def _cell(profile: str, trace: str, instances: int, fixed_ms: float | None, requests: int) -> Cell:

@@ -163,7 +163,8 @@ def costs_s(minorant: Minorant, sample: Sample, tokens: Floats, phase: Phase = P
         cost = decode + f * _over(roots**2, room)
     else:
         split = np.minimum(_shared(room, root, roots), first_room)
-        cost = prefill + decode + f * (_over(root**2, split) + _over(roots**2, room - split))
+        rest = np.subtract(room, split, out=np.full_like(room, np.inf), where=np.isfinite(room))
+        cost = prefill + decode + f * (_over(root**2, split) + _over(roots**2, rest))
     cost = np.where(hopeless, np.inf, cost)
     result: Floats = np.where(tokens > 0, cost, 0.0)
     return result

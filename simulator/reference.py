@@ -254,6 +254,15 @@ def with_fixed_s(step_time: StepTime, wanted_s: float) -> StepTime:
     return ShiftedStepTime(step_time, wanted_s - own_s)
 
 
+def closed_form_gain(own_s: float, paces_s: Sequence[float], shares: Sequence[float]) -> float:
+    """`Reference.separation_gain` where a step takes t0 (`own_s`) plus so much for every token, and nothing else.
+
+    The cost of a tier is then in proportion to TPOT / (TPOT - t0). All paces must be above t0.
+    """
+    costs = [pace_s / (pace_s - own_s) for pace_s in paces_s]
+    return max(costs) * sum(shares) / sum(share * cost for share, cost in zip(shares, costs, strict=True))
+
+
 class _Engine:
     """Times of balanced steps on one engine, host time included."""
 

@@ -66,6 +66,11 @@ def test_without_a_pace_decodes_have_no_fixed_part() -> None:
     decode = sum(50e-6 + 30e-9 * (1000 + j) for j in range(1, 100))
     cost = cost_s(sample_of(1000, 100, Slo(0.3, None)))
     assert cost == pytest.approx(decode + prefill * 0.3 / 0.295)
+    # Nor has the prompt, when the first token is not waited for either.
+    assert cost_s(sample_of(1000, 100, Slo(0.3, None), streamed=False)) == pytest.approx(decode + prefill)
+    unpaced = [offer(i, 1000, 100, Slo(0.3, None), arrival_s=i / 9, streamed=i % 2 == 0) for i in range(40)]
+    ceiling = bound_of(unpaced).ceiling(1.0)
+    assert 0.0 < ceiling.long_run_rps < ceiling.run_rps
 
 
 @pytest.mark.parametrize(("ttft_s", "tpot_s"), [(0.3, 0.02), (1.0, 0.02), (0.06, 0.05), (0.5, 0.1)])

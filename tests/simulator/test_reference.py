@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from bench.sim_reference import closed_form_gain
 from bench.sim_reference import main as print_table
 from profiles.catalogue import load
 from scheduling.backends import EngineLimits
@@ -15,6 +14,7 @@ from simulator.prefixes import free_tokens
 from simulator.reference import (
     Lengths,
     TierNeed,
+    closed_form_gain,
     fixed_s,
     needs_of,
     prefill_share,
