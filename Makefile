@@ -7,7 +7,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 ENGINE ?= emulated
 BIN := .venv/bin
 
-.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead
+.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead bench-sim bench-sim-quick
 
 help:
 	@echo "make demo                a mixed-tier workload on four emulated engines, compared with two baselines"
@@ -17,6 +17,8 @@ help:
 	@echo "make lint                ruff and mypy"
 	@echo "make bench               what decisions, step filling and the emulated engine cost here"
 	@echo "make bench-overhead HARNESS=DIR   the gateway beside other proxies (docs/benchmarks.md)"
+	@echo "make bench-sim           rerun the published simulation results, at most 4 hours on 2 cores; resumable"
+	@echo "make bench-sim-quick     the same rows with wider intervals, about 20 minutes"
 	@echo "make engine              install vLLM for CPU into .venv-vllm"
 
 setup: .venv/.ready
@@ -64,6 +66,15 @@ bench: .venv/.ready
 bench-overhead: .venv/.ready
 	@test -n "$(HARNESS)" || { echo "give the folder of the harness: make bench-overhead HARNESS=DIR"; exit 1; }
 	$(BIN)/python -m bench.overhead --harness $(HARNESS)
+
+# Stored cells and the report go to SIM_OUT; what is stored there is not run again.
+SIM_OUT ?= results/sim
+
+bench-sim: .venv/.ready
+	$(BIN)/python -m bench.sim --size full --out $(SIM_OUT)/full
+
+bench-sim-quick: .venv/.ready
+	$(BIN)/python -m bench.sim --size quick --out $(SIM_OUT)/quick
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix-only .

@@ -3,35 +3,36 @@
 Runs what is not stored in DIR yet, prints plain text tables with 95 % intervals and writes the report beside them.
 Everything in it is simulated. Interrupt it at any time; the same command goes on where it was.
 
-Sizes: `full` is the published table, `quick` the same rows with shorter runs and wider intervals. Begins searches
-where the published ones ended (bench/sim_found.json), which costs nothing but runs if it is wrong; `--afresh`
-begins them everywhere alike.
+Sizes: `full` is the published table; its searches begin where the published ones ended (bench/sim_record.json),
+which saves runs and changes no result; `--afresh` begins them all alike. `quick` has the same rows with shorter
+runs and wider intervals: one rate for each seed, moved along the published curves; where the published curve no
+longer holds, it searches anew, and takes longer.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from simulator.campaign import recorded
 from simulator.campaign.address import Addresser
 from simulator.campaign.plan import Plan
 from simulator.campaign.progress import ConsoleProgress, duration
-from simulator.campaign.results import Results, parts_found, results, runs_of
+from simulator.campaign.results import Results, results, runs_of
 from simulator.campaign.run import CampaignResult, Pool, run_plans
 from simulator.campaign.store import Store
 from simulator.campaign.study import study_of, with_samples
-from simulator.campaign.table import Section, begun_at, most_requests, size_named, table
+from simulator.campaign.table import Section, most_requests, size_named, table
 from simulator.campaign.text import report_text
 from simulator.campaign.workers import default_jobs
 from simulator.report.files import write_report
 from simulator.report.values import Run
 
-FOUND = Path(__file__).with_name("sim_found.json")
+RECORD = Path(__file__).with_name("sim_record.json")
 INTERRUPTED = 130
 
 
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = size_named(args.size)
     entries = table(size, Section(args.only) if args.only else None)
     if not args.afresh:
-        found_before = _read_found()
-        entries = tuple(begun_at(entry, found_before) for entry in entries)
+        record = recorded.read(RECORD)
+        entries = tuple(recorded.begun(entry, record, guided=size.name == "quick") for entry in entries)
     console = Console(stderr=True)
     requests = most_requests(entries)
     console.print(f"{len(entries)} searches and trials, at most {requests / 1e6:.1f} million requests")
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     (args.out / "tables.txt").write_text(text, encoding="utf-8")
     if args.record:
-        _record(found)
+        recorded.write(RECORD, {**recorded.read(RECORD), **recorded.found_by(found.lines, done.outcomes)})
     console.print(f"report: {_report(args, found, done, store, addresser)}")
     spent_s = sum(outcome.timing.cpu_s for outcome in done.outcomes.values() if outcome.timing is not None)
     console.print(f"CPU time of all cells, stored ones included: {duration(spent_s)}")
@@ -83,26 +84,14 @@ def _report(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="quick", help="full, quick or slice")
+    parser.add_argument("--size", default="quick", help="full or quick")
     parser.add_argument("--out", type=Path, required=True, help="folder of stored cells and of the report")
     parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes (default: one a core)")
     parser.add_argument("--only", choices=[section.value for section in Section], help="one part of the results")
     parser.add_argument("--afresh", action="store_true", help="begin no search where the published ones ended")
-    parser.add_argument("--record", action="store_true", help=f"write where searches ended to {FOUND.name}")
+    parser.add_argument("--record", action="store_true", help=f"write where searches ended to {RECORD.name}")
     parser.add_argument("--dry-run", action="store_true", help="say how much there is to run")
     return parser
-
-
-def _read_found() -> dict[str, float]:
-    if not FOUND.exists():
-        return {}
-    content = json.loads(FOUND.read_text(encoding="utf-8"))
-    return {str(name): float(part) for name, part in content.items()}
-
-
-def _record(found: Results) -> None:
-    parts: Mapping[str, float] = {**_read_found(), **parts_found(found)}
-    FOUND.write_text(json.dumps(dict(sorted(parts.items())), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

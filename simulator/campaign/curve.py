@@ -91,6 +91,22 @@ def crossing(points: Iterable[Point], level: float) -> Crossing:
     raise ValueError("a crossing needs at least one point")
 
 
+def shifted(known: Iterable[Point], point: Point, level: float) -> Crossing:
+    """Where `level` would be crossed if a known curve were stretched along the rate to go through `point`.
+
+    So one run near a known crossing tells how far it has moved. A point that the known curve does not reach gives
+    a bound, as does a level. Raises ValueError where the known curve is empty.
+    """
+    curve = tuple(known)
+    there = crossing(curve, point.attainment)
+    goal = crossing(curve, level)
+    if there.bound is Bound.EXACT or goal.bound is not Bound.EXACT:
+        bound = goal.bound
+    else:  # better than the curve ever was: at least; worse: at most
+        bound = Bound.AT_LEAST if there.bound is Bound.AT_MOST else Bound.AT_MOST
+    return Crossing(point.rate * goal.rate / there.rate, bound)
+
+
 def _between(low: Point, high: Point, level: float) -> float:
     offered = max(1, min(low.offered, high.offered))
     top, bottom, at = (_log_odds(value, offered) for value in (low.attainment, high.attainment, level))

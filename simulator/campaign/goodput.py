@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from simulator.campaign.curve import Bound, Crossing, Point, bracket, crossing, falling
+from simulator.campaign.curve import Bound, Crossing, Point, bracket, crossing, falling, shifted
 from simulator.campaign.interval import Interval, ratio_interval, t_interval
 from simulator.campaign.plan import Known, missing
 from simulator.outcome import CellOutcome
 from simulator.scenario import Cell, Contender, FleetSpec, Workload
+
+_LEAST_MISSED, _MOST_MISSED = 0.4, 2.5  # of what a target allows to be missed: farther off, a guide is not used
 
 
 class Judged(StrEnum):
@@ -93,6 +95,19 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
+class Guide:
+    """Curves of an earlier, longer campaign, means over seeds by rate as part of the reference.
+
+    One rate a seed then tells how far a curve has moved since; see `simulator.campaign.curve.shifted`.
+    """
+
+    curves: tuple[tuple[Target, tuple[Point, ...]], ...]
+
+    def curve(self, target: Target) -> tuple[Point, ...] | None:
+        return next((points for known, points in self.curves if known == target), None)
+
+
+@dataclass(frozen=True, slots=True)
 class SearchSettings:
     """How a search spends its runs.
 
@@ -101,6 +116,7 @@ class SearchSettings:
         lowest, highest: the range; a rate outside is never tried.
         most_rates: runs per seed at most.
         tolerance: a bracket this narrow is narrow enough.
+        guide: with it, a first rate whose mean attainment is near the first target's level is enough.
     """
 
     length: Length
@@ -111,12 +127,24 @@ class SearchSettings:
     most_rates: int = 8
     tolerance: float = 0.02
     targets: tuple[Target, ...] = TARGETS
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.grid or not self.targets:
             raise ValueError("a search needs seeds, a grid and targets")
         if not 0 < self.lowest <= min(self.grid) <= max(self.grid) <= self.highest:
             raise ValueError(f"the grid {self.grid} must lie in {self.lowest:g} to {self.highest:g}")
+
+    def guided(self, guide: Guide) -> SearchSettings:
+        """The same search with one rate: where the guide crosses the first target's level.
+
+        Unchanged where the guide does not cross it.
+        """
+        target = self.targets[0]
+        found = crossing(guide.curve(target) or (), target.level) if guide.curve(target) else None
+        if found is None or found.bound is not Bound.EXACT or not self.lowest <= found.rate <= self.highest:
+            return self
+        return replace(self, grid=(_rounded(found.rate),), guide=guide)
 
     def around(self, part: float, spread: float = 0.06) -> SearchSettings:
         """The same search begun where the answer is expected: less to run if it is there."""
@@ -131,7 +159,8 @@ class Goodput:
     Attributes:
         by_seed: what each seed gave, in the order of the search's seeds.
         estimate: over seeds; where `bound` is not exact, of the ends of the range for the seeds that are bounded.
-        resolution_rps: distance of the two tested rates the mean curve crosses between; None where it is a bound.
+        resolution_rps: distance of the two tested rates the mean curve crosses between; None where it is a bound
+            or comes from a guide.
     """
 
     target: Target
@@ -187,7 +216,7 @@ class Search:
     def goodput(self, target: Target, known: Known) -> Goodput:
         """What is known of a goodput. Raises ValueError while no rate was tried with every seed."""
         scale = self.subject.reference_rps
-        found = [crossing(self.curve(target, seed, known), target.level) for seed in self.settings.seeds]
+        found = [self._crossing(self.curve(target, seed, known), target) for seed in self.settings.seeds]
         by_seed = tuple(Crossing(one.rate * scale, one.bound) for one in found)
         return Goodput(
             target,
@@ -196,6 +225,17 @@ class Search:
             _joined(one.bound for one in by_seed),
             self._resolution(target, known),
         )
+
+    def is_guided(self, known: Known) -> bool:
+        """Whether the goodputs rest on a guide's curves and one rate."""
+        return self.settings.guide is not None and len(self.parts(known)) == 1
+
+    def _crossing(self, points: Sequence[Point], target: Target) -> Crossing:
+        guide = self.settings.guide
+        curve = guide.curve(target) if guide is not None else None
+        if curve and len(points) == 1:
+            return shifted(curve, points[0], target.level)
+        return crossing(points, target.level)
 
     def _resolution(self, target: Target, known: Known) -> float | None:
         found = bracket([self._mean(target, part, known) for part in self.parts(known)], target.level)
@@ -221,13 +261,21 @@ class Search:
 
     def _proposal(self, tried: Sequence[float], known: Known) -> float | None:
         """The next rate, for the first target that still needs one."""
-        if len(tried) >= self.settings.most_rates:
+        if len(tried) >= self.settings.most_rates or self._guide_holds(tried, known):
             return None
         for target in self.settings.targets:
             part = self._refined([self._mean(target, part, known) for part in tried], target.level)
             if part is not None:
                 return part
         return None
+
+    def _guide_holds(self, tried: Sequence[float], known: Known) -> bool:
+        """Whether the first rate is near enough to the first target's level to be moved along the guide."""
+        if self.settings.guide is None or len(tried) != 1:
+            return False
+        target = self.settings.targets[0]
+        missed = 1 - self._mean(target, tried[0], known).attainment
+        return _LEAST_MISSED <= missed / (1 - target.level) <= _MOST_MISSED
 
     def _mean(self, target: Target, part: float, known: Known) -> Point:
         points = [target.point(part, known[cell]) for cell in self._cells(part)]
@@ -252,9 +300,9 @@ class Search:
 
     def _outside(self, low: float | None, high: float | None) -> float | None:
         if high is not None and high > self.settings.lowest:
-            return _rounded(max(self.settings.lowest, high * 0.6))
+            return _rounded(max(self.settings.lowest, high * (0.6 if self.settings.guide is None else 0.9)))
         if low is not None and low < self.settings.highest:
-            return _rounded(min(self.settings.highest, low * 1.3))
+            return _rounded(min(self.settings.highest, low * (1.3 if self.settings.guide is None else 1.1)))
         return None
 
 

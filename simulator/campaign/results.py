@@ -43,7 +43,8 @@ class Line:
         label: the contender with its knobs.
         goodputs: of every target.
         of_optimal: goodput at 90 % overall over the tier-packed reference of its form.
-        runs: cells a seed.
+        rates: how many were run with every seed.
+        guided: one rate, moved along the curves of an earlier campaign.
         confirmed: None where nothing was confirmed.
         above_ceiling: targets whose goodput no policy could have: a bug somewhere.
     """
@@ -53,7 +54,8 @@ class Line:
     search: Search
     goodputs: Mapping[Target, Goodput]
     of_optimal: Interval
-    runs: int
+    rates: int
+    guided: bool
     confirmed: Confirmed | None
     above_ceiling: tuple[Target, ...]
 
@@ -128,6 +130,7 @@ def _line(entry: Entry, plan: Searched, known: Known) -> Line:
         goodputs,
         t_interval([one.rate / optimal for one in main.by_seed]),
         len(search.parts(known)),
+        search.is_guided(known),
         _confirmed(entry, known),
         _above(entry, goodputs),
     )
@@ -208,16 +211,6 @@ def _by_tier(outcomes: Sequence[CellOutcome]) -> tuple[tuple[str, Interval], ...
         )
         for place, tier in enumerate(outcomes[0].tiers)
     )
-
-
-def parts_found(found: Results) -> dict[str, float]:
-    """Where each search ended, as a part of its reference: where another campaign may begin (`table.begun_at`)."""
-    return {
-        f"{line.entry.row.name}/{line.entry.name}": round(
-            line.main.estimate.mean / line.search.subject.reference_rps, 3
-        )
-        for line in found.lines
-    }
 
 
 def runs_of(found: Results, known: Known) -> dict[Cell, CellOutcome]:

@@ -70,7 +70,7 @@ def _cells(line: Line, backends: int) -> tuple[str, ...]:
         *(_goodput(line.goodputs[target]) for target in TARGETS),
         _SIGNS[main.bound] + with_half(line.of_optimal, 3),
         f"{_SIGNS[main.bound]}{main.estimate.mean / backends:.2f}",
-        str(line.runs),
+        f"{line.rates} guided" if line.guided else str(line.rates),
         _confirmed(line.confirmed),
     )
 

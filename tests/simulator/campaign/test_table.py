@@ -8,8 +8,8 @@ import pytest
 
 from simulator.campaign.curve import Bound
 from simulator.campaign.goodput import EVERY_TIER, MAIN
-from simulator.campaign.knobs import Searched, Trial
-from simulator.campaign.results import parts_found, results, runs_of
+from simulator.campaign.knobs import Trial
+from simulator.campaign.results import results, runs_of
 from simulator.campaign.scale import UnevenFleet, ceilings_of, scale_of
 from simulator.campaign.study import study_of, with_samples
 from simulator.campaign.table import (
@@ -22,10 +22,8 @@ from simulator.campaign.table import (
     TRACES,
     Entry,
     Section,
-    begun_at,
     fleet,
     full,
-    most_requests,
     quick,
     size_named,
     table,
@@ -77,8 +75,8 @@ def test_papers_set_up() -> None:
 def test_all_contenders_exist() -> None:
     assert set(CO) | set(PD) <= set(names())
     assert {setup_for(Contender(name)).form for name in PD} == {Form.DISAGGREGATED}
-    for _, knobs in ABLATIONS:
-        setup_for(Contender("polyserve_co", knobs))
+    for _, knob in ABLATIONS:
+        setup_for(Contender("polyserve_co", (knob,)))
 
 
 @pytest.mark.parametrize("size", [full(), quick()])
@@ -99,12 +97,11 @@ def test_sizes_have_three_seeds_and_a_budget() -> None:
     for size in (full(), quick()):
         assert len(size.settings.seeds) >= 3
         assert size.settings.most_rates <= 8
-    assert most_requests(table(quick())) * 5 < most_requests(table(full()))
 
 
 def test_sizes_are_found_by_name() -> None:
     assert size_named("full") == full()
-    with pytest.raises(ValueError, match="full, quick, slice"):
+    with pytest.raises(ValueError, match="full, quick"):
         size_named("huge")
 
 
@@ -200,19 +197,8 @@ def test_ablations_are_compared_with_the_whole() -> None:
     assert all(gain.ratio.estimate.mean == pytest.approx(1.0, rel=0.02) for gain in found.gains)
 
 
-def test_a_campaign_begins_where_another_ended() -> None:
-    entries = azure(only=("minimal",))
-    known = found_in(entries)
-    parts = parts_found(results(entries, known))
-    assert parts == {"main/azure2023_conv/minimal": pytest.approx(0.712, abs=0.02)}
-    begun = begun_at(entries[0], parts)
-    assert isinstance(begun.plan, Searched)
-    assert len(found_in((begun,))) <= len(known)
-    assert begun_at(entries[0], {}) == entries[0]
-
-
 def test_a_study_for_the_report() -> None:
-    entries = (*azure(), *azure(Section.T0), *table(quick(), Section.ABLATION))
+    entries = (*azure(), *azure(Section.T0), *table(quick(), Section.ABLATION)[:3])
     known = {cell: replace(one, samples=()) for cell, one in found_in(entries).items()}
     found = results(entries, known)
     runs = [Run(cell, one) for cell, one in runs_of(found, known).items()]
@@ -220,7 +206,7 @@ def test_a_study_for_the_report() -> None:
     assert any(run.outcome.samples for run in study.runs)
     assert not all(run.outcome.samples for run in study.runs)
     assert len(study.goodputs) == 4 * len(found.lines)
-    assert {row.mechanism for row in study.ablations} == {name for name, _ in ABLATIONS}
+    assert [row.mechanism for row in study.ablations[::2]] == [name for name, _ in ABLATIONS[:2]]
     curve = [row for row in study.gains if row.step_floor_s is not None and row.target == MAIN]
     assert len({(row.group, row.contender, row.against) for row in curve}) == 1
     assert [round(1e3 * (row.step_floor_s or 0)) for row in curve] == [1, 5, 8, 12]
