@@ -20,7 +20,7 @@ from scheduling.ledger import Ledger
 from scheduling.lengths import FixedLength
 from scheduling.load import Cost, LoadVector
 from scheduling.options import Options
-from scheduling.policies import make
+from scheduling.policies import Policy, make
 from scheduling.requests import Request
 from scheduling.tiers import OnMiss, Slo, Tier, TierSet
 from tiergate_engine.steptime import RooflineStepTime
@@ -87,9 +87,14 @@ class Play:
     """A dispatcher, a clock, and what it asked for. Conservation is checked after every event."""
 
     def __init__(
-        self, policy: str = "polyserve", tiers: TierSet = TIERS, options: Options | None = None, seed: int = 1
+        self,
+        policy: str | Policy = "polyserve",
+        tiers: TierSet = TIERS,
+        options: Options | None = None,
+        seed: int = 1,
     ) -> None:
-        self.dispatcher = Dispatcher(tiers, make(policy, Random(seed)), options)
+        made = make(policy, Random(seed)) if isinstance(policy, str) else policy
+        self.dispatcher = Dispatcher(tiers, made, options)
         self.now_s = 0.0
         self.last: list[ev.Action] = []
         self.log: list[str] = []

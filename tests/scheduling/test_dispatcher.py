@@ -700,7 +700,7 @@ def test_a_held_request_does_not_bar_the_way_for_another_model() -> None:
 # --- baselines ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "random", "least_load", "minimal"])
+@pytest.mark.parametrize("policy", ["round_robin", "random", "least_load", "minimal", "lmetric"])
 def test_baselines_look_at_no_tier_and_claim_nothing(policy: str) -> None:
     play = Play(policy)
     play.add("a")

@@ -117,6 +117,45 @@ def test_with_a_pool_nothing_is_relabelled() -> None:
         assert elastic.rebalance() == []
 
 
+def test_without_a_pool_every_backend_is_dealt_to_the_tier_with_the_fewest() -> None:
+    fleet = fleet_of(("a", None), ("b", "fast"), ("c", None), ("d", None), ("e", None), ("f", None))
+    elastic = elastic_of(fleet, uses_pool=False)
+    dealt = [claimed(claim) for claim in elastic.deal(0.0)]
+    assert dealt == [("a", "mid", 1), ("c", "slow", 1), ("d", "best", 1), ("e", "fast", 1), ("f", "mid", 1)]
+    assert elastic.deal(0.0) == [], "they are asked for"
+    assert elastic_of(fleet).deal(0.0) == [], "with a pool they wait until somebody needs them"
+
+
+def test_without_a_pool_nothing_is_taken_for_a_held_one_nor_handed_back() -> None:
+    fleet = fleet_of(("a", "fast"), ("b", "mid"), ("c", "mid"))
+    busy(fleet, "a")
+    elastic = elastic_of(fleet, handback_checks=1, uses_pool=False)
+    assert elastic.tails() == []
+    assert elastic.claim_for(ticket("fast"), 0.0) is None, "b and c are empty, but are not fast's"
+    assert claimed(elastic.claim_for(ticket("slow"), 0.0)) == ("c", "slow", 1), "a tier without any takes one"
+
+
+def test_several_backends_may_move_in_a_round() -> None:
+    names = "abcdefgh"
+    due = 0
+    for moves in (64, 2, 1):
+        fleet = fleet_of(*((name, "slow") for name in names))
+        for name in names:
+            busy(fleet, name)
+        elastic = elastic_of(fleet, uses_pool=False, moves=moves)
+        for _ in range(2):
+            for _ in range(6):
+                elastic.note_demand(ticket("fast"))
+            for _ in range(10):
+                elastic.note_demand(ticket("slow"))
+            claims = elastic.rebalance()
+        due = due or len(claims)
+        assert due > 2
+        assert len(claims) == min(moves, due)
+        assert {(claim.tier, claim.expected_epoch) for claim in claims} == {("fast", 1)}
+        assert len({claim.backend for claim in claims}) == len(claims)
+
+
 def test_a_tighter_pace_and_a_longer_answer_are_more_demand() -> None:
     """Backend-seconds of one request grow with its prompt and with the tightness of its pace."""
 
