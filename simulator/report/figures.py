@@ -23,7 +23,7 @@ from simulator.report.canvas import (
 )
 from simulator.report.gradient import gradient_drawings
 from simulator.report.summary import Comparison, Point, compare
-from simulator.report.values import AblationRow, GainRow, GoodputRow, Mark, MarkKind, Setting, Study
+from simulator.report.values import AblationRow, GainRow, GoodputRow, Mark, MarkKind, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,29 +36,25 @@ _MARK_DASHES = {MarkKind.REFERENCE: "dashed", MarkKind.UPPER: "dotted"}
 
 def draw(study: Study) -> tuple[Drawing, ...]:
     """All figures of a study, in the order in which the page shows them."""
-    found = []
+    found = _of_study(study)
     for number, comparison in enumerate(compare(study.runs), start=1):
-        marks = [mark for mark in study.marks if mark.setting == comparison.setting]
-        found += _of_setting(f"s{number}", comparison, marks)
-    found += _of_study(study)
+        prefix, setting = f"s{number}", comparison.setting
+        marks = [mark for mark in study.marks if mark.setting == setting]
+        rows = [row for row in study.goodputs if row.setting == setting and row.goodput.target.level == _TARGET]
+        if len({row.contender for row in rows}) > 1:
+            found.append(_goodputs(prefix, rows, marks))
+        if len(comparison.rates_rps) > 1:
+            found += [
+                _attainment(prefix, comparison, marks),
+                _cost(prefix, comparison),
+                *_latencies(prefix, comparison),
+            ]
+        found += gradient_drawings(prefix, comparison)
     return tuple(found)
-
-
-def _of_setting(prefix: str, comparison: Comparison, marks: Sequence[Mark]) -> list[Drawing]:
-    found = []
-    if len(comparison.rates_rps) > 1:
-        found += [
-            _attainment(prefix, comparison, marks),
-            _cost(prefix, comparison),
-            *_latencies(prefix, comparison),
-        ]
-    return [*found, *gradient_drawings(prefix, comparison)]
 
 
 def _of_study(study: Study) -> list[Drawing]:
     found = []
-    for number, group in enumerate(_goodput_groups(study.goodputs), start=1):
-        found.append(_goodputs(f"goodput-{number}", group, study.marks))
     scaling = _by_fleet_size(study.goodputs)
     if scaling:
         found.append(_scaling(scaling))
@@ -220,24 +216,15 @@ def _logarithmic(curves: Sequence[_Curve], name: str, title: str) -> Callable[[A
     return paint
 
 
-def _goodput_groups(rows: Sequence[GoodputRow]) -> list[list[GoodputRow]]:
-    """Rows of one setting and level together; only groups that compare something."""
-    groups: dict[tuple[Setting, float], list[GoodputRow]] = {}
-    for row in rows:
-        groups.setdefault((row.setting, row.goodput.target.level), []).append(row)
-    return [group for group in groups.values() if len({row.contender for row in group}) > 1]
-
-
 def _judged(targets: Iterable[Target]) -> list[Judged]:
     """Whose attainment was looked at, overall first."""
     found = {target.judged for target in targets}
     return [judged for judged in Judged if judged in found]
 
 
-def _goodputs(name: str, rows: Sequence[GoodputRow], marks: Sequence[Mark]) -> Drawing:
-    setting, level = rows[0].setting, rows[0].goodput.target.level
+def _goodputs(prefix: str, rows: Sequence[GoodputRow], marks: Sequence[Mark]) -> Drawing:
+    level = rows[0].goodput.target.level
     contenders = list(dict.fromkeys(row.contender for row in rows))
-    own = [mark for mark in marks if mark.setting == setting]
 
     def panel(judged: Judged) -> Panel:
         def paint(axes: Axes) -> None:
@@ -249,15 +236,15 @@ def _goodputs(name: str, rows: Sequence[GoodputRow], marks: Sequence[Mark]) -> D
             axes.set_ylim(len(contenders) - 0.4, -0.6)
             axes.set_xlabel("requests/s")
             axes.set_title(judged.value)
-            _paint_marks(axes, own, judged)
+            _paint_marks(axes, marks, judged)
             axes.set_xlim(left=0)
 
         return Panel(paint, _bars_height(len(contenders)))
 
     return Drawing(
-        name,
-        "",
-        f"Goodput at {100 * level:g} %: {setting.title}",
+        f"{prefix}-goodput",
+        prefix,
+        f"Goodput at {100 * level:g} %",
         f"The highest rate at which {100 * level:g} % keep every deadline: of all requests, and of every tier. "
         "Whiskers are 95 % intervals. An arrow: at least as much. No bar: below the lowest rate that was tried.",
         tuple(panel(judged) for judged in _judged(row.goodput.target for row in rows)),

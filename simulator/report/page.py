@@ -40,18 +40,22 @@ No engine ran, and no GPU was used.</p>"""
 def page(study: Study, drawings: Sequence[Drawing]) -> str:
     """The whole report. The same study gives the same text."""
     comparisons = compare(study.runs)
+    of_study = {drawing.name: _figure(drawing) for drawing in drawings if not drawing.section}
     parts = [
         f"<h1>{escape(study.title)}</h1>",
         _NOTICE,
         _findings(study.findings),
-        _conditions(comparisons),
+        _overview(comparisons),
         _goodput(study.goodputs),
-        *(_figure(drawing) for drawing in drawings if not drawing.section),
+        of_study.pop("scaling", ""),
         _gains(study),
+        of_study.pop("t0", ""),
         _ablations(study),
+        *of_study.values(),
     ]
     for number, comparison in enumerate(comparisons, start=1):
-        parts.append(_setting(comparison, [item for item in drawings if item.section == f"s{number}"]))
+        own = [item for item in drawings if item.section == f"s{number}"]
+        parts.append(_setting(comparison, own, with_conditions=len(comparisons) > 1))
     parts += [_profiles(study), _words(), _rerun(study.rerun)]
     body = "\n".join(part for part in parts if part)
     return (
@@ -91,14 +95,28 @@ def _figure(drawing: Drawing) -> str:
     )
 
 
-def _conditions(comparisons: Sequence[Comparison]) -> str:
+def _overview(comparisons: Sequence[Comparison]) -> str:
+    """The conditions of the only setting, or a line for each: theirs stand in their own sections."""
     if not comparisons:
         return ""
-    parts = ["<h2>What was run</h2>"]
-    parts += [
-        _table(f"Conditions: {item.setting.title}", ("what", "value"), conditions(item)) for item in comparisons
+    head = "<h2>What was run</h2>\n"
+    if len(comparisons) == 1:
+        return head + _conditions(comparisons[0])
+    rows = [
+        (
+            item.setting.title,
+            str(len(item.contenders)),
+            f"{item.rates_rps[0]:.4g} to {item.rates_rps[-1]:.4g}",
+            str(len(item.seeds)),
+            f"{item.setting.measured_requests:,}",
+        )
+        for item in comparisons
     ]
-    return "\n".join(parts)
+    return head + _table("Settings", ("setting", "contenders", "requests/s", "seeds", "measured in a run"), rows)
+
+
+def _conditions(comparison: Comparison) -> str:
+    return _table("Conditions", ("what", "value"), conditions(comparison))
 
 
 def conditions(comparison: Comparison) -> list[tuple[str, str]]:
@@ -234,10 +252,12 @@ def _ablations(study: Study) -> str:
     return "<h2>Ablation</h2>\n" + _table("Goodput with one mechanism taken out", head, lines)
 
 
-def _setting(comparison: Comparison, drawings: Sequence[Drawing]) -> str:
+def _setting(comparison: Comparison, drawings: Sequence[Drawing], *, with_conditions: bool) -> str:
     points = comparison.points
     parts = [f"<h2>{escape(comparison.setting.title)}</h2>"]
-    shown = [drawing for drawing in drawings if drawing.name.endswith("attainment")]
+    if with_conditions:
+        parts.append(_conditions(comparison))
+    shown = [drawing for drawing in drawings if drawing.name.endswith(("-goodput", "-attainment"))]
     parts += [_figure(drawing) for drawing in shown]
     parts.append(_results(points))
     parts.append(_tiers(points))

@@ -15,8 +15,9 @@ from simulator.report.page import conditions, page
 from simulator.report.summary import compare
 from simulator.report.values import GoodputRow, Setting, Study
 from simulator.scenario import Fault, FaultKind
-from tests.simulator.report.conftest import found
+from tests.simulator.report.conftest import found, made_cell
 
+FLEET = made_cell().fleet
 _VOID = {"meta", "br", "img", "link", "hr", "input"}
 
 
@@ -80,7 +81,7 @@ def test_it_is_well_formed_and_has_every_table(html: str) -> None:
     ):  # fmt: skip
         assert caption in told
     assert len(reader.ids) == len(set(reader.ids))
-    assert reader.tags.count("figure") == html.count("<figcaption>") >= 10
+    assert reader.tags.count("figure") == html.count("<figcaption>") == 11
 
 
 def test_it_refers_to_nothing_outside(html: str) -> None:
@@ -154,6 +155,16 @@ def test_overall_and_every_tier_stand_side_by_side(html: str) -> None:
     head = html[html.index("Goodput with 95") :]
     head = head[: head.index("</thead>")]
     assert head.index(Judged.OVERALL) < head.index(Judged.EVERY_TIER)
+
+
+def test_each_of_many_settings_tells_its_own_conditions(study: Study) -> None:
+    far = replace(study.runs[0], cell=replace(study.runs[0].cell, fleet=replace(FLEET, view_age_s=0.1)))
+    text = page(replace(study, runs=(*study.runs, far)), ())
+    captions = read(text).captions
+    assert captions.count("Conditions") == 2
+    assert captions.count("Settings") == 1
+    assert text.index(">Settings<") < text.index(">Conditions<")
+    assert "what one knows of the others is 100 ms old" in text
 
 
 def test_a_study_without_searches_has_no_empty_sections(study: Study) -> None:
