@@ -127,8 +127,7 @@ class Exchange:
                 opened = await self._parts.relay.open(ticket, self._call, self._outgoing(order))
             except UpstreamError as error:
                 self._failure = error
-                if error.failure in {Failure.UNREACHABLE, Failure.BROKEN, Failure.TIMEOUT}:
-                    self._parts.endpoints.suspect(order.backend)
+                self._suspect(order, error)
                 ticket.open_failed(retryable=error.retryable, cause=str(error))
                 continue
             except Rejected as rejected:
@@ -150,6 +149,11 @@ class Exchange:
                 await self._client.begin({**_SSE_HEADERS, "x-request-id": self._public_id})
             await self._client.write(_WAITING)
         return order
+
+    def _suspect(self, order: Open, error: UpstreamError) -> None:
+        """Have a backend looked at that cannot be reached, or breaks off what it began."""
+        if error.failure in {Failure.UNREACHABLE, Failure.BROKEN, Failure.TIMEOUT}:
+            self._parts.endpoints.suspect(order.backend)
 
     def _outgoing(self, order: Open) -> Outgoing:
         parts = self._parts
@@ -204,6 +208,7 @@ class Exchange:
         self._learn(opened.scanner.usage)
         if error is not None:
             self._failure = error
+            self._suspect(order, error)
             told = UpstreamFailed(str(error), code=error.failure.value)
             cut = b"" if opened.scanner.between_events else b"\n\n"
             await self._client.write(cut + told.event(self._call.route.dialect))
