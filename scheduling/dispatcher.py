@@ -51,6 +51,7 @@ class Dispatcher:
         self._next_handback_s = math.inf  # set when the first backend comes
         self._next_round_s = math.inf
         self._next_look_s = math.inf
+        self._deal_from_s = math.inf  # when somebody may be without a tier though the policy has no pool
         self._handlers: dict[type, Callable[..., None]] = {
             ev.Arrived: self._arrived,
             ev.Reserved: self._reserved,
@@ -94,7 +95,7 @@ class Dispatcher:
         """When TimePassed is wanted next, if nothing else happens; None: not at all."""
         at_s = self._desk.next_alarm_s()
         if self.policy.uses_tiers and len(self.fleet):
-            at_s = min(at_s, self._next_handback_s, self._next_round_s)
+            at_s = min(at_s, self._next_handback_s, self._next_round_s, self._deal_from_s)
         if self.counts.held:
             rests = [self.fleet[name].blocked_until_s for name in self._blocked]
             at_s = min(at_s, self._next_look_s, *rests)
@@ -136,6 +137,7 @@ class Dispatcher:
         self.fleet.note_demand(tier.name, now_s)
         if self.policy.uses_tiers:
             self._elastic.note_demand(ticket)
+            self._deal(now_s, out)
         refusal = at_once(ticket, self.fleet)
         if refusal is not None:
             self._ladder.refuse(ticket, refusal, now_s, out)
@@ -234,6 +236,19 @@ class Dispatcher:
             for ledger in self.fleet.serving(ticket.request.model)
         )
 
+    def _within_reach(self, ticket: Ticket, now_s: float) -> bool:
+        """Whether one that waits without a deadline can wait for anything: tiers that take no backends from a pool
+        may offer it only those where it failed, and it would wait for ever."""
+        policy = self.policy
+        if math.isfinite(ticket.until_s) or policy.uses_pool or not policy.uses_tiers:
+            return True
+        stages = policy.last_resort if ticket.relegated else policy.stages
+        return any(
+            is_open(ledger) and ledger.backend.name not in ticket.excluded
+            for stage in stages(ticket.request, ticket.tier, self.fleet, now_s)
+            for ledger in stage.ledgers
+        )
+
     def _rest(self, ledger: Ledger, now_s: float) -> None:
         ledger.blocked_until_s = now_s + self.options.cooldown_s * 2.0 ** min(ledger.failures, 5)
         ledger.failures += 1
@@ -255,16 +270,11 @@ class Dispatcher:
         ledger = self.fleet.get(event.backend)
         if ledger is None:
             return
-        residents = ledger.residents
-        for progress in event.progress:
-            resident = residents.get(progress.lease_id)
-            if resident is not None and resident.first_token:
-                resident.advance(progress.output_tokens, now_s)
         if event.step_s is not None:
             ledger.step_s = event.step_s
         if event.last_step_age_s is not None:
             ledger.last_step_s = now_s - event.last_step_age_s
-        ledger.refresh(now_s)
+        ledger.progressed(event.progress, now_s)
         self.fleet.reorder(ledger)
         self._offer(ledger, now_s, out)
 
@@ -329,12 +339,13 @@ class Dispatcher:
             self._look_again(now_s, out)
         if not self.policy.uses_tiers:
             return
+        self._deal(now_s, out)
         if now_s >= self._next_handback_s:
             self._next_handback_s = now_s + self.options.handback_period_s
             out.extend(self._elastic.tails())
         if now_s >= self._next_round_s:
             self._next_round_s = now_s + self.options.rebalance_period_s
-            out.extend(self._elastic.deal(now_s))
+            self._want_deal(now_s)
             out.extend(self._elastic.rebalance())
 
     def _look_again(self, now_s: float, out: list[ev.Action]) -> None:
@@ -345,7 +356,7 @@ class Dispatcher:
                 found = self._ladder.look_over(ticket, now_s)
                 if found.choice is not None:
                     self._ladder.reserve(ticket, found.choice, found, now_s, out)
-                elif ticket.excluded and not self._may_retry(ticket):
+                elif ticket.excluded and not (self._may_retry(ticket) and self._within_reach(ticket, now_s)):
                     self._fail(ticket, now_s, out)
                 else:
                     failed.add(kind_of(ticket))
@@ -382,8 +393,15 @@ class Dispatcher:
                     break
                 failed.add(kind_of(ticket))
 
-    def _deal(self, now_s: float, out: list[ev.Action]) -> None:
+    def _want_deal(self, now_s: float) -> None:
+        """Backends are dealt to tiers when time passes or a request comes, whichever is first: a shell that tells
+        of its backends one by one has nobody yet who would carry actions out."""
         if self.policy.uses_tiers and not self.policy.uses_pool:
+            self._deal_from_s = min(self._deal_from_s, now_s)
+
+    def _deal(self, now_s: float, out: list[ev.Action]) -> None:
+        if now_s >= self._deal_from_s:
+            self._deal_from_s = math.inf
             out.extend(self._elastic.deal(now_s))
 
     def _handed_back(self, event: ev.HandedBack, now_s: float, out: list[ev.Action]) -> None:
@@ -401,7 +419,7 @@ class Dispatcher:
             self._next_handback_s = now_s + self.options.handback_period_s
             self._next_round_s = now_s + self.options.rebalance_period_s
         self._offer(self.fleet.put(backend, now_s), now_s, out)
-        self._deal(now_s, out)
+        self._want_deal(now_s)
 
     def _backend_removed(self, event: ev.BackendRemoved, now_s: float, out: list[ev.Action]) -> None:
         self.fleet.remove(event.name, now_s)
@@ -411,7 +429,7 @@ class Dispatcher:
     def _membership_changed(self, event: ev.MembershipChanged, now_s: float, out: list[ev.Action]) -> None:
         self.fleet.set_membership(event.backend, event.tier, event.epoch, now_s)
         self._offer(self.fleet.get(event.backend), now_s, out)
-        self._deal(now_s, out)
+        self._want_deal(now_s)
 
     def _tiers_changed(self, event: ev.TiersChanged, now_s: float, out: list[ev.Action]) -> None:
         """Promises already given stand; requests of a tier that is gone go on as the default tier's."""
@@ -425,7 +443,7 @@ class Dispatcher:
             if again:
                 self._ladder.place_or_hold(ticket, now_s, out)
         self._offer_all(now_s, out)
-        self._deal(now_s, out)
+        self._want_deal(now_s)
 
     def _lengths_changed(self, event: ev.LengthsChanged, now_s: float, out: list[ev.Action]) -> None:
         self._lengths[event.model, event.tier] = event.lengths
