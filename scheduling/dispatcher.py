@@ -358,6 +358,9 @@ class Dispatcher:
                     self._ladder.reserve(ticket, found.choice, found, now_s, out)
                 elif ticket.excluded and not (self._may_retry(ticket) and self._within_reach(ticket, now_s)):
                     self._fail(ticket, now_s, out)
+                elif (refusal := at_once(ticket, self.fleet)) and refusal.kind is RefusalKind.TOO_LONG:
+                    # the backends that took so long a prompt are gone, and nobody waits behind it for ever
+                    self._ladder.refuse(ticket, refusal, now_s, out)
                 else:
                     failed.add(kind_of(ticket))
         self._claim_for_heads(now_s, out)

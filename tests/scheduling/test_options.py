@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scheduling import events as ev
 from scheduling.checks import Checks
 from scheduling.options import Options
 from scheduling.policies.polyserve import PolyServe
@@ -80,10 +81,13 @@ def test_without_refusal_the_queue_is_bounded_as_ever() -> None:
 def test_without_a_pool_backends_are_dealt_and_stay() -> None:
     policy = PolyServe(uses_pool=False)
     play = Play(policy, options=Options(handback_checks=1, handback_period_s=1.0, rebalance_period_s=1e6))
-    assert play.add("a") == ["claim a for fast at 0"]
+    assert play.add("a") == play.add("b") == []
+    assert play.dispatcher.next_wake_s() == 0.0
+    assert play.wait(0.0) == ["claim a for fast at 1", "claim b for mid at 1"]
     play.claimed("a", "fast", 2)
-    assert play.add("b") == ["claim b for mid at 0"]
     play.claimed("b", "mid", 2)
+    assert play.add("c") == []
+    assert play.arrives("first", "slow") == ["claim c for slow at 1", "reserve first#1 on b: promoted"]
     assert play.wait(5.0) == [], "empty, but nobody hands it back"
     assert play.arrives("r", "mid") == ["reserve r#1 on b: own_tier"]
 
@@ -94,3 +98,16 @@ def test_the_policys_checks_are_used() -> None:
         play = Play(PolyServe(checks=checks))
         play.add("a", "fast")
         assert play.arrives("r", prompt_tokens=8000, slo=hurried)[0].startswith(expected)
+
+
+def test_a_prompt_that_became_too_long_for_all_bars_nobodys_way() -> None:
+    play = Play("least_load")
+    play.add("long", max_running_seqs=1)
+    play.opens("x")
+    play.arrives("big", prompt_tokens=3000, slo_stated=False, slo=Slo(0.5, 0.02))
+    play.arrives("small", slo_stated=False, slo=Slo(0.5, 0.02))
+    play.wait(0.6)
+    play.add("short", max_model_tokens=2000)
+    assert play.dispatcher.counts.held == 2, "both gave up their promise; the first is too long for the new one"
+    play.tell(ev.BackendRemoved("long"))
+    assert play.wait(1.1) == ["refuse big: prompt_too_long", "reserve small#1 on short: relegated"]
