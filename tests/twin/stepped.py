@@ -98,7 +98,9 @@ class Wire(selectors.BaseSelector):
         self._clock = clock
         self._inner = selectors.DefaultSelector()
         self._fds: dict[_Address, int] = {}
-        self._owners: set[int] = set()  # file descriptors of the ends
+        self._owned: set[int] = set()  # file descriptors of the ends
+        self._connecting: set[int] = set()  # others that wait to be written to
+        self._alone: set[_Address] = set()  # ends whose other end was not accepted yet
         self._gone: set[_Address] = set()
         self._unread: dict[_Address, int] = {}  # bytes, by the end that is to read them; oldest first
         self._finished: set[_Address] = set()  # ends that will read the end of the stream
@@ -109,8 +111,13 @@ class Wire(selectors.BaseSelector):
         """A connection was made or accepted."""
         end = _End(plain, self)
         self._fds[end.address] = plain.fileno()
-        self._owners.add(plain.fileno())
+        self._owned.add(plain.fileno())
         self._gone.discard(end.address)
+        other = end.address[1], end.address[0]
+        if other in self._alone:
+            self._alone.remove(other)
+        elif other not in self._fds and other not in self._gone:
+            self._alone.add(end.address)
         return end
 
     def sent(self, address: _Address, size: int) -> None:
@@ -140,11 +147,12 @@ class Wire(selectors.BaseSelector):
     def closed(self, address: _Address, fd: int) -> None:
         self.finished(address)
         self._gone.add(address)
+        self._alone.discard(address)
         self._unread.pop(address, None)
         self._finished.discard(address)
         if self._fds.get(address) == fd:
             del self._fds[address]
-            self._owners.discard(fd)
+            self._owned.discard(fd)
 
     # --- what is on its way --------------------------------------------------------------------------------
 
@@ -158,15 +166,6 @@ class Wire(selectors.BaseSelector):
                 expected[fd] = place
         return expected
 
-    def _unsettled(self) -> bool:
-        """Whether something goes on that is not seen as bytes: a thread, a connection not yet made or accepted."""
-        if self.threads or any(
-            (to, own) not in self._fds and (to, own) not in self._gone for own, to in self._fds
-        ):
-            return True
-        keys = self._inner.get_map().values()
-        return any(key.events & selectors.EVENT_WRITE and key.fd not in self._owners for key in keys)
-
     # --- the selector --------------------------------------------------------------------------------------
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -175,7 +174,7 @@ class Wire(selectors.BaseSelector):
         ready = self._inner.select(0)
         while not expected.keys() <= {key.fd for key, _ in ready}:
             ready = self._wait()
-        if not ready and timeout != 0 and (timeout is None or self._unsettled()):
+        if not ready and timeout != 0 and (timeout is None or self.threads or self._connecting or self._alone):
             ready = self._wait()
         if not ready:
             if timeout:
@@ -192,10 +191,15 @@ class Wire(selectors.BaseSelector):
         return ready
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        return self._inner.register(fileobj, events, data)
+        key = self._inner.register(fileobj, events, data)
+        if events & selectors.EVENT_WRITE and key.fd not in self._owned:
+            self._connecting.add(key.fd)
+        return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        return self._inner.unregister(fileobj)
+        key = self._inner.unregister(fileobj)
+        self._connecting.discard(key.fd)
+        return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         return self._inner.modify(fileobj, events, data)

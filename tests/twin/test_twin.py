@@ -1,7 +1,7 @@
 """One trace through both shells: the same decisions in the same order at the same times (design.md, section 3).
 
 The live one is the real gateway in front of emulated engines, over loopback sockets on a stepped clock. Nothing is
-learned in either. Takes about ten seconds.
+learned in either. Takes about fifteen seconds.
 """
 
 from __future__ import annotations
