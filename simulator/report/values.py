@@ -58,6 +58,10 @@ class Setting:
             parts.append("with prefixes")
         if self.fleet.replicas > 1:
             parts.append(f"{self.fleet.replicas} replicas")
+        if self.fleet.view_age_s:
+            parts.append(f"views {1e3 * self.fleet.view_age_s:g} ms old")
+        if self.fleet.startup_s:
+            parts.append(f"start-up {self.fleet.startup_s:g} s")
         if self.fleet.faults:
             parts.append("with failures")
         return ", ".join(parts)

@@ -31,7 +31,7 @@ def answer(comparison: Comparison, scenario: Scenario) -> RenderableType:
         title = f"{rate_rps:.4g} requests/s"
         if reference_rps:
             title += f", {100 * rate_rps / reference_rps:.0f} % of the tier-packed reference"
-        parts += [_attainment(points, title), _effort(points), *_refusals(points)]
+        parts += [Text(title, style="bold"), _attainment(points), _effort(points), *_missed(points)]
     parts.append(Text(_LEGEND))
     return Group(*parts)
 
@@ -69,21 +69,21 @@ def _head(comparison: Comparison, scenario: Scenario) -> list[Text]:
     return [Text(line) for line in lines]
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _attainment(points: Sequence[Point], title: str) -> RenderableType:
+def _attainment(points: Sequence[Point]) -> RenderableType:
     tiers = [tier.tier for tier in points[0].tiers]
     groups = [tiers[start : start + _MOST_TIERS] for start in range(0, len(tiers), _MOST_TIERS)] or [[]]
     tables: list[RenderableType] = []
     for number, group in enumerate(groups):
         first = number == 0
-        table = _table(title if first else "", [*(("all", "worst") if first else ()), *group])
+        table = _table([*(("all", "worst") if first else ()), *group])
         for point in points:
             own = {tier.tier: tier.attainment for tier in point.tiers}
             head = [
@@ -105,7 +105,7 @@ def _plain(value: Interval | None, decimals: int) -> str:
 
 def _effort(points: Sequence[Point]) -> Table:
     columns = ("TTFT P50", "P99", "TPOT P50", "P99", "inst·s", "busy", "preempted")
-    table = _table("", columns)
+    table = _table(columns)
     for point in points:
         every = point.overall
         table.add_row(
@@ -118,19 +118,23 @@ def _effort(points: Sequence[Point]) -> Table:
     return table
 
 
-def _refusals(points: Iterable[Point]) -> list[Text]:
+def _missed(points: Iterable[Point]) -> list[Text]:
+    """A line for each policy that refused or failed somebody, by reason."""
     lines = []
     for point in points:
         offered = point.overall.offered
-        told = ", ".join(f"{reason} {_part(count, offered)}" for reason, count in point.refusals if offered)
-        if told:
-            lines.append(Text(f"{point.contender} refused: {told}"))
+        told = [f"{reason} {_part(count / offered)}" for reason, count in point.refusals if offered]
+        parts = [f"refused: {', '.join(told)}"] if told else []
+        failed = point.overall.failed
+        if failed is not None and failed.mean > 0:
+            parts.append(f"failed: {_part(failed.mean)}")
+        if parts:
+            lines.append(Text(f"{point.contender} {'; '.join(parts)}"))
     return [*lines, Text("")] if lines else []
 
 
-def _part(count: int, offered: int) -> str:
-    share = 100 * count / offered
-    return f"{share:.1f} %" if share >= 0.1 else "<0.1 %"
+def _part(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else "<0.1 %"
 
 
 def catalogue() -> RenderableType:

@@ -165,6 +165,7 @@ def test_each_of_many_settings_tells_its_own_conditions(study: Study) -> None:
     assert captions.count("Settings") == 1
     assert text.index(">Settings<") < text.index(">Conditions<")
     assert "what one knows of the others is 100 ms old" in text
+    assert "<h2>azure2023_conv on 8 x h200-llama-3.1-8b-bf16, views 100 ms old</h2>" in text
 
 
 def test_a_study_without_searches_has_no_empty_sections(study: Study) -> None:
