@@ -8,9 +8,10 @@ Every lease that was Reserved ends by exactly one Release.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from scheduling.backends import Backend
 from scheduling.decisions import Decision, Refusal
@@ -95,8 +96,9 @@ class FirstToken:
     lease_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
+    """A tuple, since one is made for every stream every few tens of milliseconds."""
+
     lease_id: str
     output_tokens: int
 
@@ -105,11 +107,12 @@ class Progress:
 class Progressed:
     """Where a backend's streams are now, read off the shell's counters every few tens of milliseconds.
 
-    `step_s` is the median gap between tokens lately; `last_step_age_s` how long ago the last step ended.
+    `progress` names each stream that moved on, with its tokens so far. `step_s` is the median gap between tokens
+    lately; `last_step_age_s` how long ago the last step ended.
     """
 
     backend: str
-    progress: tuple[Progress, ...]
+    progress: Sequence[tuple[str, int]]
     step_s: float | None = None
     last_step_age_s: float | None = None
 

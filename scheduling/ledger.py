@@ -15,6 +15,7 @@ A resident whose token is late already has lost its promise: it is served on, bu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from scheduling.backends import Backend
 from scheduling.growth import GrowthCurve
@@ -45,7 +46,6 @@ class Ledger:
         "_decode_step_s",
         "_growth",
         "_newcomer",
-        "_paces",
         "_unstreamed",
         "alone_s",
         "backend",
@@ -113,7 +113,6 @@ class Ledger:
         self.tightest_tpot_s = math.inf
         self.slack_floor: tuple[tuple[float, float], ...] = ()
         self.queued_slack_floor: tuple[tuple[float, float], ...] = ()
-        self._paces: dict[float, int] = {}  # of those whose promise stands: how many
         self._newcomer: Resident | None = None
         self._growth.clear(self.foreign.peak_kv_tokens)
         self.peak_after_tokens = 0.0
@@ -139,7 +138,7 @@ class Ledger:
         self.stored_decodes += resident.cost.decodes
         self.stored_kv_tokens += resident.cost.peak_kv_tokens
         self.stored_prefill_tokens += resident.cost.prefill_tokens
-        if first:
+        if first or self._unstreamed:
             self.refresh(now_s)
         else:
             self._add(resident, now_s)
@@ -191,7 +190,7 @@ class Ledger:
         self._forget_steps()
         if not resident.lost:
             self._raise_floor(resident, queued=not resident.first_token)
-            self._promise_less(resident)
+            self._loosen(resident)
         self._growth.leave(resident, self.foreign.peak_kv_tokens)
         self._read_growth()
 
@@ -218,12 +217,12 @@ class Ledger:
         else:
             self.slack_floor = tuple(floor.items())
 
-    def _promise_less(self, resident: Resident) -> None:
-        left = self._paces[resident.tpot_s] - 1
-        self._paces[resident.tpot_s] = left
-        if not left:
-            del self._paces[resident.tpot_s]
-            self.tightest_tpot_s = min(self._paces, default=math.inf)
+    def _loosen(self, gone: Resident) -> None:
+        """The tightest pace on board, after one left it or lost its promise."""
+        if gone.tpot_s > self.tightest_tpot_s:
+            return
+        standing = [one.tpot_s for one in self.residents.values() if not one.lost and one is not gone]
+        self.tightest_tpot_s = min(standing, default=math.inf)
 
     def first_token(self, lease_id: str, now_s: float) -> None:
         resident = self.residents.get(lease_id)
@@ -252,7 +251,7 @@ class Ledger:
         left_s = resident.due_s - now_s
         if left_s < 0.0:
             resident.lost = True
-            self._promise_less(resident)
+            self._loosen(resident)
             return
         floor = dict(self.slack_floor)
         if left_s < floor.get(resident.tpot_s, math.inf):
@@ -270,7 +269,6 @@ class Ledger:
         if left_s < 0.0 and resident.request.streamed:
             resident.lost = True
         if not resident.lost:
-            self._paces[resident.tpot_s] = self._paces.get(resident.tpot_s, 0) + 1
             self.tightest_tpot_s = min(self.tightest_tpot_s, resident.tpot_s)
             floor = dict(self.queued_slack_floor)
             if left_s < floor.get(resident.tpot_s, math.inf):
@@ -296,55 +294,69 @@ class Ledger:
             self._clear_sums()
             return
         slack, queued_slack = dict[float, float](), dict[float, float]()
-        paces = dict[float, int]()
-        seqs = decodes = kv_tokens = decode_kv_tokens = queued = queued_tokens = 0
-        infinity = math.inf
+        decodes = decode_kv_tokens = 0
+        infinity = tightest_s = math.inf
+        waiting: list[Resident] = []
         for resident in self.residents.values():
-            count = resident.sequences
-            seqs += count
-            kv_tokens += resident.kv_tokens
-            if resident.first_token:
-                # from when it was last seen: since then it has moved on with its neighbours
-                left_s = resident.due_s - resident.seen_s
-                floor = slack
-            elif now_s < resident.expected_first_s or resident.request.streamed:
-                queued += count
-                queued_tokens += resident.prefill_tokens
-                left_s = resident.due_s - max(resident.expected_first_s, now_s)
-                floor = queued_slack
-            else:
-                kv_tokens -= resident.kv_tokens
+            if not resident.first_token:
+                if now_s < resident.expected_first_s or resident.request.streamed:
+                    waiting.append(resident)
+                    continue
                 self._guess_progress(resident, now_s)
-                kv_tokens += resident.kv_tokens
-                left_s = resident.due_s - resident.seen_s
-                floor = slack
-            if floor is slack:
-                decodes += count
-                decode_kv_tokens += resident.kv_tokens
+            decodes += resident.sequences
+            decode_kv_tokens += resident.kv_tokens
             if resident.lost:
                 continue
+            # from when it was last seen: since then it has moved on with its neighbours
+            left_s = resident.due_s - resident.seen_s
             if left_s < 0.0 and resident.request.streamed:
                 resident.lost = True
                 continue
             tpot_s = resident.tpot_s
-            paces[tpot_s] = paces.get(tpot_s, 0) + 1
-            if left_s < floor.get(tpot_s, infinity):
-                floor[tpot_s] = left_s
-        foreign = self.foreign
-        self.seqs = seqs + foreign.decodes
-        self.decodes = decodes + foreign.decodes
-        self.kv_tokens = kv_tokens + foreign.peak_kv_tokens
-        self.decode_kv_tokens = decode_kv_tokens + foreign.peak_kv_tokens
-        self.queued = queued
-        self.queued_prefill_tokens = queued_tokens + foreign.queued_prefill_tokens
-        self._paces = paces
-        self.tightest_tpot_s = min(paces, default=infinity)
+            if tpot_s < tightest_s:
+                tightest_s = tpot_s
+            if left_s < slack.get(tpot_s, infinity):
+                slack[tpot_s] = left_s
+        for resident in waiting:
+            if resident.lost:
+                continue
+            left_s = resident.due_s - max(resident.expected_first_s, now_s)
+            if left_s < 0.0 and resident.request.streamed:
+                resident.lost = True
+                continue
+            tpot_s = resident.tpot_s
+            if tpot_s < tightest_s:
+                tightest_s = tpot_s
+            if left_s < queued_slack.get(tpot_s, infinity):
+                queued_slack[tpot_s] = left_s
+        self.tightest_tpot_s = tightest_s
         self.slack_floor = tuple(slack.items())
         self.queued_slack_floor = tuple(queued_slack.items())
-        self._forget_steps()
+        self._sum_up(decodes, decode_kv_tokens, waiting)
         self._newcomer = None
-        self._growth.draw(self.residents.values(), foreign.peak_kv_tokens)
+        self._growth.draw(self.residents.values(), self.foreign.peak_kv_tokens)
         self._read_growth()
+
+    def _sum_up(self, decodes: int, decode_kv_tokens: int, waiting: list[Resident]) -> None:
+        """The sums, of those who decode and those whose prompts are queued."""
+        foreign = self.foreign
+        self.queued = sum([resident.sequences for resident in waiting])
+        self.decodes = decodes + foreign.decodes
+        self.seqs = self.decodes + self.queued
+        self.decode_kv_tokens = decode_kv_tokens + foreign.peak_kv_tokens
+        self.kv_tokens = self.decode_kv_tokens + sum([resident.kv_tokens for resident in waiting])
+        queued_tokens = sum([resident.prefill_tokens for resident in waiting])
+        self.queued_prefill_tokens = queued_tokens + foreign.queued_prefill_tokens
+        self._forget_steps()
+
+    def progressed(self, progress: Sequence[tuple[str, int]], now_s: float) -> None:
+        """Streams were at so many tokens, by lease."""
+        find = self.residents.get
+        for lease_id, tokens in progress:
+            resident = find(lease_id)
+            if resident is not None and resident.first_token:
+                resident.advance(tokens, now_s)
+        self.refresh(now_s)
 
     def _forget_steps(self) -> None:
         """The sums have changed; what follows from them is reckoned when it is asked for."""

@@ -16,7 +16,7 @@ from scheduling.backends import BackendState
 from scheduling.dispatcher import Dispatcher
 from scheduling.requests import Request
 from simulator.agenda import Agenda
-from simulator.engines import SimEngine, StreamTimes
+from simulator.engines import SimEngine, Stream, StreamTimes
 from simulator.health import Watch
 from simulator.outcome import Sample
 from simulator.replica import Replica
@@ -191,8 +191,7 @@ class SimFleet:
                 if not alone:
                     moved = [one for one in moved if self._owners[one[0]] is replica]
                 if moved:
-                    progress = tuple([ev.Progress(lease_id, tokens) for lease_id, tokens in moved])
-                    replica.tell(ev.Progressed(name, progress, look.step_s(moved), age_s))
+                    replica.tell(ev.Progressed(name, moved, look.step_s(moved), age_s))
         if not alone:
             self._tell_of_others()
         self.agenda.at(now_s + PROGRESS_PERIOD_S, self._progress)
@@ -245,14 +244,20 @@ class SimFleet:
         if fault.kind is FaultKind.SLOW:
             engine.slowness *= fault.factor
             return
-        begun = {lease_id for lease_id, stream in engine.streams.items() if stream.milestones and stream.told}
         tokens = dict(engine.progress())
         lost = engine.crash()
-        for lease_id in lost:
-            owner = self._owners.pop(lease_id)
-            owner.lost(lease_id, tokens.get(lease_id, 1) if lease_id in begun else 0)
+        self._lost([stream for stream in lost if stream.told], tokens)
+        # A request without a byte of its answer is sent once more before it counts as failed.
+        whole = [stream for stream in lost if not stream.told]
+        self.agenda.at(self.agenda.now_s, lambda: self._lost(whole, tokens))
         if lost:
             self._watches[name].suspect()
+
+    def _lost(self, streams: list[Stream], tokens: dict[str, int]) -> None:
+        for stream in streams:
+            begun = stream.told and stream.milestones
+            lease_id = stream.lease_id
+            self._owners.pop(lease_id).lost(lease_id, tokens.get(lease_id, 1) if begun else 0)
 
     def _mend(self, name: str, fault: Fault) -> None:
         if fault.kind is FaultKind.SLOW:
