@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -149,3 +150,13 @@ def test_any_choice_of_knobs_makes_a_setup(data: st.DataObject) -> None:
     chosen = data.draw(st.fixed_dictionaries({}, optional={knob.name: value(knob) for knob in knobs_of(name)}))
     setup = made(name, **chosen)
     assert setup.policy(Random(1)).name in POLICIES
+
+
+def test_the_documents_tell_every_contender_and_knob() -> None:
+    told = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    for name in names():
+        assert f"`{name}`" in told or f"`{name.removesuffix('_co')}`" in told, name
+        for knob in knobs_of(name):
+            assert f"`{knob.name}`" in told, f"{name}: {knob.name}"
+            for choice in knob.choices:
+                assert str(choice) in told
