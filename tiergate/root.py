@@ -43,14 +43,20 @@ def make_dispatcher(settings: Settings) -> Dispatcher:
     if name not in POLICIES:
         raise ConfigError(f"policy.name: {unknown('policy', name, sorted(POLICIES))}")
     known = list(Options.__dataclass_fields__)
-    values: dict[str, float | int] = {}
+    defaults = Options()
+    values: dict[str, float | int | bool] = {}
     for option, value in settings.policy.options.items():
         if option not in known:
             raise ConfigError(f"policy.options: {unknown('option', option, known)}")
+        default = getattr(defaults, option)
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ConfigError(f"policy.options.{option}: must be true or false, not {value!r}")
+            values[option] = value
+            continue
         if isinstance(value, bool | str) or value < 0:
             raise ConfigError(f"policy.options.{option}: must be a number of at least 0, not {value!r}")
-        whole = isinstance(getattr(Options(), option), int)
-        values[option] = int(value) if whole else float(value)
+        values[option] = int(value) if isinstance(default, int) else float(value)
     # Each value was checked against the field's own type above, which no type checker can follow.
     return Dispatcher(tier_set(settings), make(name, Random(settings.seed)), Options(**values))  # type: ignore[arg-type]
 

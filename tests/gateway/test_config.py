@@ -95,6 +95,7 @@ def test_a_mistake_is_told_with_its_place(tmp_path: Path, text: str, message: st
         ({"policy": {"name": "polyserv"}}, "did you mean 'polyserve'"),
         ({"policy": {"options": {"max_attemts": 2}}}, "did you mean 'max_attempts'"),
         ({"policy": {"options": {"max_attempts": "two"}}}, "must be a number"),
+        ({"policy": {"options": {"refuses": 1}}}, "must be true or false"),
         ({"backends": ["http://a,profile=h200"]}, "backend a: profile"),
         ({"tokens": {"tokenizers": {"m": "/nowhere/tokenizer.json"}}}, "tokens.tokenizers"),
     ],
