@@ -128,7 +128,8 @@ def build(backends: int, scene: Scene, step_time: StepTime, seed: int = 1) -> Di
             less_s = 20.0 - scene.slack_s(place)
             for resident in ledger.residents.values():
                 resident.request = replace(resident.request, arrival_s=resident.request.arrival_s - less_s)
-                resident.advance(resident.generated_tokens, NOW_S)
+                resident.first_due_s -= less_s
+                resident.due_s -= less_s
             ledger.refresh(NOW_S)
     return dispatcher
 

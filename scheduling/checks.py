@@ -36,5 +36,10 @@ class Checks:
     chunk_kept: bool = True
     kv_growth: KvGrowth = KvGrowth.PEAK
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether KV is taken to grow at all, so that the residents' own peak bounds every newcomer."""
+        return self.kv_growth is not KvGrowth.CURRENT
+
 
 ALL_CHECKS = Checks()

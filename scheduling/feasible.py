@@ -71,8 +71,7 @@ def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float, checks: Ch
     backend = ledger.backend
     pace_s = min(ledger.binding_tpot_s(host_tpot_s), ask.own_tpot_s, ledger.tightest_tpot_s)
     enforced = backend.calibrated
-    peaks = checks.kv_growth is not KvGrowth.CURRENT
-    if enforced and peaks and ledger.floor_s * backend.margin > pace_s:
+    if enforced and ledger.floor_s * backend.margin > pace_s and checks.looks_ahead:
         return Judgement(Verdict.STEADY_STATE, tpot_s=ledger.floor_s, pace_s=pace_s)
     hard = fits_hard_limits(ledger, ask)
     if hard is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from scheduling.backends import BackendState
-from scheduling.checks import ALL_CHECKS, Checks, KvGrowth
+from scheduling.checks import ALL_CHECKS, Checks
 from scheduling.decisions import Candidate, Outcome, Verdict
 from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge, limits_for
 from scheduling.ledger import Ledger
@@ -99,10 +99,9 @@ def _at_a_glance(
     room for its prompt.
     """
     backend = ledger.backend
-    peaks = checks.kv_growth is not KvGrowth.CURRENT
     if backend.calibrated:
         margin = backend.margin
-        if peaks and ledger.floor_s * margin > pace_s:
+        if ledger.floor_s * margin > pace_s and checks.looks_ahead:
             return Verdict.STEADY_STATE
         driven = backend.dynamic_chunk
         if not driven and prompt_tokens > ledger.chunk_room_tokens and checks.resident_slack:
@@ -112,14 +111,13 @@ def _at_a_glance(
             floor_s = ledger.first_token_floor_s(prompt_tokens, now_s, within_s)
             if now_s + floor_s * margin > ask.ttft_due_s:
                 return Verdict.FIRST_TOKEN
-    if not peaks:
-        return None
     capacity = backend.limits.kv_tokens
     if (
         capacity is not None
         and ledger.peak_kv_tokens + ask.request.prompt_tokens * ask.request.sequences > capacity
         and ask.output_tokens >= ledger.peak_after_tokens
         and ledger.seqs
+        and checks.looks_ahead
     ):
         return Verdict.MEMORY
     return None
