@@ -12,6 +12,7 @@ longer holds, it searches anew, and takes longer.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from simulator.campaign.study import study_of, with_samples
 from simulator.campaign.table import Section, most_requests, size_named, table
 from simulator.campaign.text import report_text
 from simulator.campaign.workers import default_jobs
-from simulator.report.files import write_report
+from simulator.report.files import need_report, write_report
 from simulator.report.values import Run
 
 RECORD = Path(__file__).with_name("sim_record.json")
@@ -39,6 +40,8 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write. Exit status 1 when cells failed, 130 when interrupted."""
     args = _parser().parse_args(arguments)
+    need_report()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is to be interrupted
     size = size_named(args.size)
     entries = table(size, Section(args.only) if args.only else None)
     if not args.afresh:

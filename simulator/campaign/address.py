@@ -35,8 +35,8 @@ class AddressError(ValueError):
 
 def canonical(cell: Cell) -> bytes:
     """The cell as JSON: sorted keys, whole numbers of seconds written as the fractions they are."""
-    plain = orjson.dumps(cell)
-    return orjson.dumps(_CELL.validate_json(plain), option=orjson.OPT_SORT_KEYS)
+    exact = orjson.dumps(_CELL.validate_json(orjson.dumps(cell)))
+    return orjson.dumps(orjson.loads(exact), option=orjson.OPT_SORT_KEYS)
 
 
 def parse(data: bytes) -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ def test_a_cell_comes_back_from_its_canonical_form() -> None:
     one = replace(one, fleet=replace(one.fleet, faults=(fault,)))
     assert parse(canonical(one)) == one
     assert canonical(parse(canonical(one))) == canonical(one)
+    keys = list(json.loads(canonical(one)))
+    assert keys == sorted(keys)
 
 
 def test_equal_cells_have_one_address() -> None:

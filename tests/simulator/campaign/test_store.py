@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import orjson
 import pytest
 
 from simulator.campaign.address import Addresser
@@ -98,6 +100,18 @@ def test_other_files_in_the_folder_are_left_alone(store: Store) -> None:
     assert unfinished.exists()
     store.remove_unfinished(123)
     assert not unfinished.exists()
+
+
+def test_a_result_from_before_a_field_was_added_is_still_listed(store: Store) -> None:
+    """Its address is another one, because the code is; but what was found stays readable."""
+    store.put(ADDRESS, cell(), outcome(0.93))
+    path = store.path(ADDRESS)
+    content = orjson.loads(path.read_bytes())
+    del content["body"]["cell"]["workload"]["invert_at"]
+    body = orjson.dumps(content["body"], option=orjson.OPT_SORT_KEYS)
+    content["digest"] = hashlib.sha256(body).hexdigest()
+    path.write_bytes(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+    assert store.get(ADDRESS, cell()) == outcome(0.93)
 
 
 def test_numbers_that_are_not_finite_are_refused(store: Store) -> None:
