@@ -150,7 +150,9 @@ def _disaggregated(
         )
         if letter == "p":
             own_setup = replace(
-                setup, chunk_tokens=min(setup.chunk_tokens or PREFILL_STEP_TOKENS, PREFILL_STEP_TOKENS)
+                setup,
+                policy=setup.prefill_policy or setup.policy,
+                chunk_tokens=min(setup.chunk_tokens or PREFILL_STEP_TOKENS, PREFILL_STEP_TOKENS),
             )
         else:
             own_setup = setup

@@ -131,6 +131,12 @@ _HEADROOM = (
     KnobInfo("ttft_weight", TTFT_WEIGHT, "weight of the TTFT's headroom"),
     KnobInfo("tpot_weight", TPOT_WEIGHT, "weight of the TPOT's headroom"),
 )
+_PREFILL_GRADIENT = KnobInfo(
+    "prefill_gradient",
+    "emptiest",
+    "the prefill backend that is tried first; not in the paper",
+    ("fullest", "emptiest"),
+)
 _MOST_SCANNED = 64
 
 
@@ -181,6 +187,9 @@ def _polyserve(form: Form) -> Callable[[Values], Setup]:
             checks=checks,
         )
         setup = _setup(values, lambda _rng: policy, form)
+        if form is Form.DISAGGREGATED:
+            prefill = replace(policy, fullest_first=values["prefill_gradient"] == "fullest")
+            setup = replace(setup, prefill_policy=lambda _rng: prefill)
         return setup if values["binning"] else replace(setup, tiers=one_bin)
 
     return build
@@ -212,7 +221,9 @@ def _entries() -> dict[str, _Entry]:
             "PolyServe, co-located", (*_TIERED, *_COLOCATED, *_COMMON), _polyserve(Form.COLOCATED)
         ),
         "polyserve_pd": _Entry(
-            "PolyServe, disaggregated", (*_TIERED, _CHUNK, *_COMMON), _polyserve(Form.DISAGGREGATED)
+            "PolyServe, disaggregated",
+            (*_TIERED, _PREFILL_GRADIENT, _CHUNK, *_COMMON),
+            _polyserve(Form.DISAGGREGATED),
         ),
         "co_chunk": _Entry(
             "the shortest predicted step, on engines with a static token budget that is swept (PolyServe §5)",

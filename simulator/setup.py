@@ -22,6 +22,7 @@ class Setup:
 
     Attributes:
         policy: makes the policy of one replica.
+        prefill_policy: the same for the prefill half of a disaggregated fleet; None: as the decode half.
         form: co-located or disaggregated.
         driven: engines size every chunk so that the step keeps their pace (the host tier's, or the tightest
             resident's when that is tighter); else their token budget is static.
@@ -34,6 +35,7 @@ class Setup:
     """
 
     policy: Callable[[Random], Policy]
+    prefill_policy: Callable[[Random], Policy] | None = field(default=None, kw_only=True)
     form: Form = Form.COLOCATED
     driven: bool = False
     chunk_tokens: int | None = None

@@ -94,6 +94,15 @@ def test_knobs_of_the_dispatcher_and_the_engines() -> None:
     assert made("minimal", lengths="known", margin=1.5).margin == 1.5
 
 
+def test_prefill_backends_have_a_gradient_of_their_own() -> None:
+    for gradient, fullest in (("emptiest", False), ("fullest", True)):
+        setup = made("polyserve_pd", prefill_gradient=gradient)
+        assert setup.prefill_policy is not None
+        assert setup.prefill_policy(Random(1)) == PolyServe(fullest_first=fullest)
+        assert setup.policy(Random(1)) == PolyServe()
+    assert made("minimal_pd").prefill_policy is None
+
+
 def test_without_binning_there_is_one_pool_at_the_tightest_pace() -> None:
     tiers = TierSet((Tier("a", Slo(0.3, 0.02), 0), Tier("b", Slo(1.0, 0.1), 1)), "b")
     assert made("polyserve_co").tiers(tiers) is tiers
