@@ -23,6 +23,13 @@ class Agenda:
         self._number += 1
         heappush(self._heap, (time_s, self._number, call))
 
+    def soon(self, call: Callable[[], None], turns: int = 1) -> None:
+        """Run `call` at this instant, after all that is to happen at it so far; `turns` times over."""
+        if turns > 1:
+            self.at(self.now_s, lambda: self.soon(call, turns - 1))
+        else:
+            self.at(self.now_s, call)
+
     def run_next(self) -> bool:
         """Let the next call happen; False when there is none."""
         if not self._heap:

@@ -93,6 +93,7 @@ class SimEngine:
         self.name = name
         self.model = make()
         self.streams: dict[str, Stream] = {}
+        self.alive = True
         self.slowness = 1.0
         self.step_s: float | None = None
         self.last_step_s = 0.0
@@ -120,12 +121,18 @@ class SimEngine:
     def submit(self, spec: SequenceSpec, *, streamed: bool = True) -> None:
         """Queue a sequence, and start stepping if the engine stood still. Raises as `EngineModel.submit`.
 
-        Of one that is not `streamed` only the end is told.
+        Of one that is not `streamed` only the end is told. What comes at one instant is there for the first step.
         """
         self.model.submit(spec, self._agenda.now_s)
         self.streams[spec.sequence_id] = Stream(spec.sequence_id, streamed)
         self._whole += not streamed
         if not self._stepping:
+            self._stepping = True
+            life = self._life
+            self._agenda.soon(lambda: self._start(life))
+
+    def _start(self, life: int) -> None:
+        if life == self._life:
             self._step()
 
     def abort(self, lease_id: str) -> None:
@@ -134,9 +141,10 @@ class SimEngine:
             self._whole -= not stream.told
             self.model.abort(lease_id, self._agenda.now_s)
 
-    def crash(self) -> list[str]:
-        """Lose everything; the leases that were lost. It comes back empty."""
-        lost = list(self.streams)
+    def crash(self) -> list[Stream]:
+        """Lose everything, and be gone until `alive` is set again. Returns what was lost."""
+        lost = list(self.streams.values())
+        self.alive = False
         self.streams.clear()
         self.preempted += self.model.preemptions
         self.model = self._make()

@@ -87,6 +87,7 @@ class SimFleet:
         self._unended_measured = 0
         for replica in self.replicas:
             replica.join_store()
+            replica.set_timer()
         self._start()
 
     @property
@@ -249,7 +250,7 @@ class SimFleet:
         self._lost([stream for stream in lost if stream.told], tokens)
         # A request without a byte of its answer is sent once more before it counts as failed.
         whole = [stream for stream in lost if not stream.told]
-        self.agenda.at(self.agenda.now_s, lambda: self._lost(whole, tokens))
+        self.agenda.soon(lambda: self._lost(whole, tokens))
         if lost:
             self._watches[name].suspect()
 

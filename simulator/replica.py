@@ -97,6 +97,10 @@ class Replica:
     def _carry_all_out(self, actions: list[ev.Action]) -> None:
         for action in actions:
             self._carry_out(action)
+        self.set_timer()
+
+    def set_timer(self) -> None:
+        """Have the dispatcher told when its time has come."""
         at_s = self.dispatcher.next_wake_s()
         if at_s != self._wake_s:
             self._wake_s = at_s
@@ -125,9 +129,9 @@ class Replica:
                 self._end(self._requests[request_id], None, RequestEnd.REFUSED, refusal.kind.value)
             # The store is asked to move a backend when all that happens at this instant has been told.
             case ev.Claim():
-                self._agenda.at(self._agenda.now_s, lambda: self._claim(action))
+                self._agenda.soon(lambda: self._claim(action))
             case ev.HandBack():
-                self._agenda.at(self._agenda.now_s, lambda: self._hand_back(action))
+                self._agenda.soon(lambda: self._hand_back(action))
             case ev.Release(lease_id):
                 if self._store is not None:
                     self._store.release(lease_id)
@@ -145,8 +149,8 @@ class Replica:
             self._end(sim, action, RequestEnd.FAILED, "too_long")
             return
         if not opened:
-            del self._open[action.lease_id]
-            self.tell(ev.OpenFailed(action.request_id, action.lease_id, retryable=True, cause="down"))
+            # To be turned away takes longer than to hear from the store, or of streams that broke off.
+            self._agenda.soon(lambda: self.lost(action.lease_id, 0), turns=2)
 
     def _hand_back(self, action: ev.HandBack) -> None:
         backend, epoch = action.backend, action.expected_epoch

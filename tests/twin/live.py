@@ -182,11 +182,12 @@ async def _warm(adapter: Adapter) -> None:
             tasks.create_task(ask())
 
 
-async def _fail(machine: _Machine, outage: Outage) -> None:
+async def _fail(machine: _Machine, adapter: Adapter, outage: Outage) -> None:
     await _until(outage.from_s)
     await machine.off()
     await _until(outage.until_s)
     await machine.on()
+    await _warm(adapter)
 
 
 async def _run(policy: str, trace: Sequence[Asked], outage: Outage | None) -> Log:
@@ -208,7 +209,7 @@ async def _run(policy: str, trace: Sequence[Asked], outage: Outage | None) -> Lo
             for asked in trace:
                 tasks.create_task(_ask(session, gateway.port, asked))
             if outage is not None:
-                tasks.create_task(_fail(machines[outage.backend], outage))
+                tasks.create_task(_fail(machines[outage.backend], gateway.fleet.adapter(outage.backend), outage))
         for machine in machines.values():
             await machine.off()
     return witness.log
