@@ -60,14 +60,22 @@ class PolyServe:
     def stages(self, request: Request, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:
         """Own tier, then promotion, then (for a tier that has no backend) the looser neighbour it lives with."""
         own = fleet.tier_size(tier.name)
+        if own and not self.uses_pool:
+            # no claim brings a backend of another model here
+            own = any(ledger.backend.serves(request.model) for ledger in fleet.walk_tier(tier.name))
         if self.promotion is Promotion.EAGER:
             yield from self._promotions(tier, fleet, now_s)
         if own:
             yield Stage(Outcome.OWN_TIER, self._walk(tier, fleet), self._pace(tier, fleet, now_s))
         if self.promotion is Promotion.LAZY or (self.promotion is Promotion.NEVER and not own):
             yield from self._promotions(tier, fleet, now_s)
-        if not own:
+        if own:
+            return
+        if self.uses_pool:
             yield Stage(Outcome.SHARED, fleet.neighbours(tier), tier.host_tpot_s)
+        else:
+            for looser in fleet.tiers.tiers[tier.rank + 1 :]:
+                yield Stage(Outcome.SHARED, self._walk(looser, fleet), tier.host_tpot_s)
 
     def _promotions(self, tier: Tier, fleet: Fleet, now_s: float) -> Iterator[Stage]:
         tighter = fleet.tiers.tiers[: tier.rank]
