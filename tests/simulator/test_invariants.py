@@ -303,14 +303,16 @@ def assert_conserved(part: Part) -> None:
 
 
 def assert_engines_agree(part: Part) -> None:
-    """Every open stream is on its engine, and nobody else is."""
+    """Every open stream is on its engine, and nobody else is; one that is down turns away those who are told of it
+    only then."""
     on_board: dict[str, set[str]] = {name: set() for name in part.fleet.engines}
     for dispatcher in part.dispatchers:
         for lease_id, lease in dispatcher.leases.items():
             if lease.open_on is not None:
                 on_board[lease.open_on].add(lease_id)
     for name, engine in part.fleet.engines.items():
-        assert set(engine.streams) == on_board[name]
+        assert set(engine.streams) == on_board[name] or not engine.alive
+        assert set(engine.streams) <= on_board[name]
         assert engine.model.running + engine.model.waiting == len(engine.streams)
         assert 0 <= engine.model.kv_used_tokens <= engine.model.kv_capacity_tokens
 
