@@ -10,7 +10,7 @@ from simulator.campaign.curve import Bound
 from simulator.campaign.goodput import MAIN, Judged
 from simulator.campaign.results import Gain, Line, Results
 from simulator.campaign.scale import ceilings_of
-from simulator.campaign.table import AZURE, RIVALS, Section, fleet
+from simulator.campaign.table import AZURE, RIVALS, Section
 from simulator.outcome import CellOutcome
 from simulator.reference import fixed_s
 from simulator.report.formats import bounded
@@ -68,7 +68,7 @@ def _goodputs(found: Results) -> Iterator[GoodputRow]:
 def _gain_row(gain: Gain) -> GainRow:
     """Rows that differ in t0 only get one group and one rival, so that they make a curve."""
     floor_s = gain.row.fleet.engines[0].step_floor_s
-    plain = (gain.row.workload, gain.row.fleet) == (AZURE, fleet())
+    plain = gain.row.section is Section.MAIN and gain.row.workload == AZURE
     if floor_s is None and not plain:
         group = gain.row.title if gain.row.section is Section.MAIN else f"{gain.row.section}: {gain.row.title}"
         return GainRow(group, gain.name, gain.against, gain.target, gain.ratio)

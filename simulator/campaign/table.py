@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from scheduling.tiers import Slo
-from simulator.campaign.goodput import MAIN, Length, Search, SearchSettings, Subject
+from simulator.campaign.goodput import EVERY_TIER, MAIN, Length, Search, SearchSettings, Subject
 from simulator.campaign.knobs import Confirm, KnobSweep, Searched, Trial
 from simulator.campaign.scale import Scale, scale_of
 from simulator.contenders import setup_for
@@ -26,6 +26,7 @@ SLOW_TPOT, SLOW_TTFT = 4, 8
 """Factors on the promises for the slow engine, whose idle step alone takes 49 ms and a thousand tokens 160 ms."""
 
 INSTANCES = 20
+QUICK_INSTANCES = 8
 FLEETS = (8, 32, 64)  # beside INSTANCES
 FLOORS_S = (0.005, 0.008, 0.012)
 BURST_PARTS = (0.6, 0.8)
@@ -42,6 +43,9 @@ RIVALS = {
     "polyserve_pd": ("random_pd", "minimal_pd", "co_chunk"),
 }
 """What a PolyServe is compared with, as the paper does: the best of these."""
+
+CONFIRMED = ("polyserve_co",)
+"""Whose goodputs are run again, longer."""
 
 CHUNKS: tuple[Knob, ...] = (128, 256, 512, 1024, 2048, 4096)
 CHUNK_KNOB = "chunk_tokens"
@@ -64,10 +68,11 @@ class Size:
 
     Attributes:
         warmup, cooldown: in residence times of the loosest tier, at the reference rate.
-        measured: the same, but `least` requests or more.
+        measured: the same, but `least` requests or more, and `most` or fewer.
         settings: of all searches, but for lengths.
         sweep: of the searches for a baseline's knob, but for lengths, which are `sweep_part` of a search's.
         confirm: measured requests of a confirmation; None: none.
+        instances: of all fleets but those of the section on fleet sizes.
         floors_s, fleets, chunks: what is tried.
     """
 
@@ -76,10 +81,12 @@ class Size:
     measured: float
     cooldown: float
     least: int
+    most: int
     settings: SearchSettings
     sweep: SearchSettings
     sweep_part: float
     confirm: int | None
+    instances: int = INSTANCES
     floors_s: tuple[float, ...] = FLOORS_S
     fleets: tuple[int, ...] = FLEETS
     chunks: tuple[Knob, ...] = CHUNKS
@@ -89,7 +96,7 @@ class Size:
         residents = scale.optimal_rps * scale.residence_s
         return Length(
             max(200, round(self.warmup * residents)),
-            max(self.least, round(self.measured * residents)),
+            min(self.most, max(self.least, round(self.measured * residents))),
             max(100, round(self.cooldown * residents)),
         )
 
@@ -99,18 +106,35 @@ _PLACEHOLDER = Length(1, 1, 1)  # each row has its own
 
 def full() -> Size:
     """The published size."""
-    settings = SearchSettings(_PLACEHOLDER, grid=(0.6, 0.8, 0.95), highest=HIGHEST, most_rates=5, tolerance=0.05)
+    settings = SearchSettings(
+        _PLACEHOLDER,
+        grid=(0.6, 0.8, 0.95),
+        highest=HIGHEST,
+        most_rates=4,
+        tolerance=0.06,
+        targets=(MAIN, EVERY_TIER),
+    )
     sweep = replace(settings, seeds=(1,), grid=(0.6, 0.85), most_rates=3, targets=(MAIN,))
-    return Size("full", 1.0, 1.5, 0.1, 10_000, settings, sweep, 0.4, 300_000)
+    return Size("full", 0.8, 1.0, 0.05, 6_000, 12_000, settings, sweep, 0.4, 300_000)
 
 
 def quick() -> Size:
-    """The same rows with shorter runs, guided by the published curves: one rate a seed where they still hold."""
+    """The same rows on fewer instances, guided by the published curves: one rate a seed where they still hold.
+
+    Runs shorter than these flatter whoever lets work pile up, which an overloaded fleet takes long to show; so
+    fewer instances, not less time. Its seeds are not those of the published curves.
+    """
     settings = SearchSettings(
-        _PLACEHOLDER, grid=(0.7, 0.95), highest=HIGHEST, most_rates=4, tolerance=0.1, targets=(MAIN,)
+        _PLACEHOLDER,
+        seeds=(11, 12, 13),
+        grid=(0.7, 0.95),
+        highest=HIGHEST,
+        most_rates=4,
+        tolerance=0.1,
+        targets=(MAIN,),
     )
-    sweep = replace(settings, seeds=(1,), grid=(0.8,), most_rates=2)
-    return Size("quick", 0.7, 0.7, 0.05, 3_000, settings, sweep, 0.5, None)
+    sweep = replace(settings, seeds=(11,), grid=(0.8,), most_rates=2)
+    return Size("quick", 0.7, 0.8, 0.05, 2_000, 6_000, settings, sweep, 0.5, None, QUICK_INSTANCES)
 
 
 SIZES: tuple[Callable[[], Size], ...] = (full, quick)
@@ -200,15 +224,17 @@ def fleet(instances: int = INSTANCES, floor_s: float | None = None, *, caching: 
 def rows(size: Size) -> dict[Section, tuple[Row, ...]]:
     """All rows of a size, by section."""
     main = tuple(
-        Row(Section.MAIN, workload.trace, workload, fleet(caching=workload.prefixes)) for workload in TRACES
+        Row(Section.MAIN, workload.trace, workload, fleet(size.instances, caching=workload.prefixes))
+        for workload in TRACES
     )
     slow = Workload(AZURE.trace, tiers(SLOW_TPOT, SLOW_TTFT), tuple(SLOW_TTFT * ttft for ttft in AZURE.ttft_s))
-    slow_fleet = FleetSpec((Engines(SLOW_PROFILE, INSTANCES),), kv_bytes_per_token=262_144)
+    slow_fleet = FleetSpec((Engines(SLOW_PROFILE, size.instances),), kv_bytes_per_token=262_144)
     azure = main[0]
     return {
         Section.MAIN: main,
         Section.T0: tuple(
-            Row(Section.T0, f"t0 {1e3 * floor_s:g} ms", AZURE, fleet(floor_s=floor_s)) for floor_s in size.floors_s
+            Row(Section.T0, f"t0 {1e3 * floor_s:g} ms", AZURE, fleet(size.instances, floor_s))
+            for floor_s in size.floors_s
         ),
         Section.SLOW: (Row(Section.SLOW, SLOW_PROFILE, slow, slow_fleet),),
         Section.BURST: (
@@ -219,9 +245,18 @@ def rows(size: Size) -> dict[Section, tuple[Row, ...]]:
             for instances in size.fleets
         ),
         Section.ABLATION: (
-            Row(Section.ABLATION, f"t0 {1e3 * ABLATION_FLOOR_S:g} ms", AZURE, fleet(floor_s=ABLATION_FLOOR_S)),
+            Row(
+                Section.ABLATION,
+                f"t0 {1e3 * ABLATION_FLOOR_S:g} ms",
+                AZURE,
+                fleet(size.instances, ABLATION_FLOOR_S),
+            ),
         ),
     }
+
+
+def _t0(floor_s: float) -> str:
+    return f"t0 {1e3 * floor_s:g} ms"
 
 
 CONTENDERS: dict[Section, tuple[str, ...]] = {
@@ -289,7 +324,7 @@ def _entry(row: Row, name: str, contender: Contender, size: Size) -> Entry:
         return Entry(row, name, scale, Trial(subject, parts, length, size.settings.seeds, sweep))
     searched = Searched(Search(subject, replace(size.settings, length=length)), sweep)
     confirm = None
-    if size.confirm is not None and row.section is Section.MAIN and name in RIVALS:
+    if size.confirm is not None and row.section is Section.MAIN and name in CONFIRMED:
         long = length.times(1.0)
         confirm = Confirm(searched, replace(long, measured=size.confirm), (101,))
     return Entry(row, name, scale, searched, confirm)

@@ -12,7 +12,7 @@ from simulator.campaign.table import Section
 
 _SIGNS = {Bound.EXACT: "", Bound.AT_LEAST: ">= ", Bound.AT_MOST: "<= ", Bound.UNKNOWN: "? "}
 _TITLES = {
-    Section.MAIN: "Goodput by trace (simulated; 20 x H200, Llama-3.1-8B)",
+    Section.MAIN: "Goodput by trace (simulated; H200, Llama-3.1-8B)",
     Section.T0: "Other fixed step times (simulated; azure2023_conv)",
     Section.SLOW: "A slow engine (simulated; RTX PRO 6000, Qwen3-32B, promises scaled)",
     Section.BURST: "Mix inverted in mid-run (simulated)",
@@ -41,8 +41,9 @@ def _section(section: Section, found: Results) -> Iterator[str]:
         own = [line for line in lines if line.entry.row == row]
         scale = own[0].entry.scale
         yield (
-            f"{row.title}: tier-packed reference {scale.optimal_rps:.1f} requests/s co-located, "
-            f"{scale.optimal_pd_rps:.1f} disaggregated; one pool at the tightest pace {scale.pool_rps:.1f}"
+            f"{row.title}, {row.fleet.backends} instances: tier-packed reference {scale.optimal_rps:.1f} "
+            f"requests/s co-located, {scale.optimal_pd_rps:.1f} disaggregated; "
+            f"one pool at the tightest pace {scale.pool_rps:.1f}"
         )
         yield table_text(_HEAD, [_cells(line, row.fleet.backends) for line in own])
         of_row = [gain for gain in gains if gain.row == row]

@@ -65,13 +65,13 @@ class Knee:
     spread: float = 0.01
 
     def attainment(self, rate_rps: float, seed: int) -> float:
-        capacity = self.capacity_rps * (1 + self.spread * (seed - 2))
+        capacity = self.capacity_rps * (1 + self.spread * (seed % 10 - 2))
         rng = Random(f"{rate_rps}:{seed}")
         smooth = 1 / (1 + math.exp((rate_rps / capacity - 1) / self.width))
         return min(1.0, max(0.0, smooth + self.noise * rng.uniform(-1, 1)))
 
     def crossing_rps(self, level: float, seed: int) -> float:
-        capacity = self.capacity_rps * (1 + self.spread * (seed - 2))
+        capacity = self.capacity_rps * (1 + self.spread * (seed % 10 - 2))
         return capacity * (1 + self.width * math.log((1 - level) / level))
 
     def __call__(self, of: Cell) -> CellOutcome:
