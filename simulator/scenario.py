@@ -32,6 +32,8 @@ class Workload:
         invert_at: part of the measured requests after which the shares are those of the tiers in reverse order
             (PolyServe's burst test); None: never.
         prefixes: whether the trace's prefix blocks are offered to the engines' caches.
+        own_tiers: every request keeps the tier and the promise that its trace has (the gateway's request log);
+            shares and `ttft_s` are then for the reader only.
     """
 
     trace: str
@@ -40,6 +42,7 @@ class Workload:
     arrivals: Arrivals = Arrivals.POISSON
     invert_at: float | None = None
     prefixes: bool = False
+    own_tiers: bool = False
 
 
 class Form(StrEnum):

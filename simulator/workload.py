@@ -117,6 +117,13 @@ class _Promises:
             tuple(Slo(ttft, share.slo.tpot_s) for ttft in promised),
         )
 
+    @classmethod
+    def of_row(cls, row: TraceRequest) -> _Promises:
+        """What a row of the gateway's log was promised. Raises WorkloadError when it does not say."""
+        if row.tier is None or row.slo is None:
+            raise WorkloadError("own_tiers: the trace has requests without a tier; take the gateway's own log")
+        return cls.of(TierShare(row.tier, row.slo, 1.0), ())
+
     def draw(self, row: TraceRequest, achievable: Achievable, chance: float) -> Slo | None:
         """One of the achievable promises, evenly by `chance` in [0, 1); None when there is none."""
         idle_s = achievable(row.prompt_tokens, self.pace_s)
@@ -181,7 +188,7 @@ class Offered:
         measured_end = cell.warmup_requests + cell.measured_requests
         for index in range(cell.requests):
             lap, row = next(rows)
-            promises = next(tiers)
+            promises = _Promises.of_row(row) if workload.own_tiers else next(tiers)
             slo, row, replaced = self._promise(index, promises, row, ttft_chance())
             if replaced:
                 lap = -1 - index  # another row in its place: its blocks are nobody else's
@@ -204,9 +211,11 @@ class Offered:
         if slo is not None:
             return slo, row, False
         spare = _stream(self._cell, f"spare:{index}")
+        own = self._cell.workload.own_tiers
+        rows = [each for each in self.trace.requests if each.tier == row.tier] if own else self.trace.requests
         for _ in range(_MOST_TRIES):
-            row = spare.choice(self.trace.requests)
-            slo = self._try(promises, row, chance)
+            row = spare.choice(rows)
+            slo = self._try(_Promises.of_row(row) if own else promises, row, chance)
             if slo is not None:
                 return slo, row, True
         raise WorkloadError(
@@ -301,6 +310,12 @@ def _check(cell: Cell, trace: Trace, block_tokens: int) -> None:
         raise WorkloadError(f"invert_at is a part of the measured requests, 0 to 1, not {workload.invert_at!r}")
     if workload.arrivals is Arrivals.TRACE and not trace.duration_s:
         raise WorkloadError(f"{trace.name} has lengths only: offer it with Poisson arrivals")
+    if workload.own_tiers:
+        if workload.invert_at is not None:
+            raise WorkloadError("own_tiers: the shares are the trace's own, so invert_at has nothing to reverse")
+        missing = {str(row.tier) for row in trace.requests} - {share.name for share in workload.tiers}
+        if missing:
+            raise WorkloadError(f"own_tiers: the trace has tiers not listed: {', '.join(sorted(missing))}")
     if workload.prefixes and trace.block_tokens is None:
         raise WorkloadError(f"{trace.name} has no prefix blocks: offer it without prefixes")
     if workload.prefixes and (trace.block_tokens or 0) % block_tokens:

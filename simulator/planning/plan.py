@@ -1,0 +1,467 @@
+"""A capacity plan: from a demand and an engine to backends over the day."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from scheduling.tiers import Slo
+from simulator.build import kinds_of
+from simulator.campaign.address import Addresser
+from simulator.campaign.interval import Interval
+from simulator.campaign.plan import Known, Plan
+from simulator.campaign.run import CampaignResult, Pool, Progress, run_plans
+from simulator.campaign.store import Store
+from simulator.contenders import setup_for
+from simulator.outcome import CellOutcome
+from simulator.planning.costs import Change, Costs, Saving
+from simulator.planning.demand import (
+    Day,
+    Demand,
+    PlanningError,
+    Window,
+    day_of,
+    default_window_s,
+    reference_cost_s,
+    write_rows,
+)
+from simulator.planning.sizing import Curve, Judge, Runs, Sized, Subject, backends_at
+from simulator.scenario import Arrivals, Cell, Contender, FleetSpec, Form, Workload
+from workloads.traces import TraceRequest
+
+POOL = "pool"
+SILO = Contender("qoserve_silo")
+_SIMULATED_BACKENDS = 8.0  # of the reference; a greater load is scaled up from here
+_LEAST_SIMULATED = 4.0  # however long its requests stay
+_MOST_REQUESTS = 12_000  # of a run, unless that would leave fewer than those backends
+_LEAST_MEASURED, _MOST_MEASURED = 1_500, 6_000
+_MISSES = 3.0  # so many requests of the smallest tier may miss, over all seeds, at least
+_COST_BACKENDS = 4  # on which promises are priced, at least one for each tier and one more
+_COST_SEEDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be planned.
+
+    Attributes:
+        fleet: one kind of engine, whose count is of no account.
+        target: of all requests, and of each tier with a promise.
+        window_s: None: `default_window_s`.
+        rate_factor: so many times the trace's requests in the same time.
+        silos, costs: whether to size silos, and to price promises.
+    """
+
+    demand: Demand
+    fleet: FleetSpec
+    contender: Contender
+    target: float
+    seeds: tuple[int, ...] = (1, 2, 3)
+    window_s: float | None = None
+    rate_factor: float = 1.0
+    arrivals: Arrivals = Arrivals.POISSON
+    silos: bool = True
+    costs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Backends by tier, mean over time; `pool`: of none. Empty where a policy has no tiers."""
+
+    tiers: tuple[tuple[str, float], ...]
+    pool: float
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A load that was simulated.
+
+    Attributes:
+        attainments: by tier and for `all`, over all seeds.
+        worst: of the tier that fares worst, over seeds.
+        seeds_reached: seeds that keep the target alone.
+        one_fewer: the worst tier's attainment with one backend fewer, where that was tried.
+    """
+
+    group: int
+    rate_rps: float
+    backends: int | None
+    attainments: tuple[tuple[str, float], ...]
+    worst: Interval
+    seeds_reached: int
+    one_fewer: float | None
+    held: Held
+    tried: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWindow:
+    """A window with its fleet. `level`: the load whose run speaks for it, the next above in its group.
+
+    Attributes:
+        backends: None where the target was not reached by any number that was tried.
+        scaled: the load is beyond what was simulated, and the answer is in proportion.
+    """
+
+    window: Window
+    backends: int | None
+    held: Held
+    level: int | None
+    scaled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Silos:
+    """One pool a tier, at the greatest load of the day."""
+
+    backends: int | None
+    rate_rps: float
+    scale: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """What promises cost, measured on a fleet of `backends`."""
+
+    backends: int
+    request_cost_s: Interval
+    savings: tuple[Saving, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityPlan:
+    """Everything that was found.
+
+    Attributes:
+        unloaded: what a fleet without load attains, by tier and for `all`, where that is below the target.
+        peak_rps: the greatest load, as a rate of its group's requests.
+        cells: all runs behind it.
+    """
+
+    asked: Asked
+    window_s: float
+    windows: tuple[PlannedWindow, ...]
+    levels: tuple[Level, ...]
+    silos: Silos | None
+    priced: Priced | None
+    unloaded: tuple[tuple[str, float], ...]
+    peak_rps: float
+    runs: Runs
+    cells: int
+    requests: int
+
+    @property
+    def reached(self) -> bool:
+        """Whether every window has a fleet that keeps the target, for every request that was asked for."""
+        spare = 1 - self.asked.target
+        possible = all(each.share <= spare for each in self.asked.demand.impossible) and not self.unloaded
+        return possible and all(one.backends is not None for one in self.windows)
+
+    @property
+    def peak(self) -> int | None:
+        """The largest fleet of the day; None when a window has none."""
+        found = [one.backends for one in self.windows]
+        return None if None in found else max((one or 0 for one in found), default=0)
+
+    @property
+    def hours(self) -> float:
+        return math.fsum(one.window.duration_s for one in self.windows) / 3600
+
+    @property
+    def backend_hours(self) -> float | None:
+        """Of a fleet that follows the plan; None when a window has none."""
+        if self.peak is None:
+            return None
+        return math.fsum((one.backends or 0) * one.window.duration_s for one in self.windows) / 3600
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What is to run, and how it is put together again."""
+
+    day: Day
+    window_s: float
+    curves: tuple[Curve, ...]
+    silo: Curve | None
+    costs: Costs | None
+    runs: Runs
+
+
+def make_plan(
+    asked: Asked,
+    store: Store,
+    pool: Pool,
+    progress: Progress | None = None,
+    addresser: Addresser | None = None,
+) -> tuple[CapacityPlan | None, CampaignResult]:
+    """Simulate what the plan needs (stored runs do not run again) and put it together.
+
+    None in place of a plan when runs failed: the result says which. Raises PlanningError, OSError, and what runs
+    raise for a trace or profile that cannot be read.
+    """
+    addresser = addresser or Addresser.of_this_code()
+    prepared = _prepare(asked, store.folder / "traces")
+    plans: list[Plan] = [*prepared.curves]
+    plans += [plan for plan in (prepared.silo, prepared.costs) if plan is not None]
+    result = run_plans(plans, store, pool, progress=progress, addresser=addresser)
+    if result.failures:
+        return None, result
+
+    def whole(cell: Cell) -> CellOutcome:
+        return store.get(addresser.address(cell), cell) or result.outcomes[cell]
+
+    return _together(asked, prepared, result.outcomes, whole), result
+
+
+# --- before the runs ---------------------------------------------------------------------------------------
+
+
+def _prepare(asked: Asked, folder: Path) -> _Prepared:
+    demand = asked.demand
+    if len(asked.fleet.engines) != 1:
+        raise PlanningError("--profile: a plan is for one kind of engine")
+    window_s = asked.window_s or default_window_s(demand)
+    day = day_of(demand, asked.fleet, window_s, asked.rate_factor)
+    runs = _runs(asked)
+    judge = Judge(asked.target, demand.promised)
+    curves = []
+    for number, group in enumerate(day.groups):
+        subject = Subject(
+            _workload(asked, group.rows, folder, demand),
+            asked.fleet,
+            asked.contender,
+            asked.seeds,
+            judge,
+            least=_least(asked.contender),
+        )
+        rates = {one.load / group.cost_s for one in day.windows if one.group == number and one.load > 0}
+        most = _most_rate(runs, group.cost_s)
+        kept = sorted({min(float(f"{rate:.5g}"), most) for rate in rates})
+        curves.append(Curve(subject, tuple(kept), group.cost_s, runs, asked.contender))
+    peak = max(range(len(curves)), key=lambda number: curves[number].rates_rps[-1] * day.groups[number].cost_s)
+    top = curves[peak]
+    silo = None
+    if asked.silos and asked.contender != SILO and setup_for(asked.contender).form is Form.COLOCATED:
+        subject = replace(top.subject, contender=SILO, least=len(demand.tiers))
+        silo = replace(top, subject=subject, rates_rps=top.rates_rps[-1:])
+    costs = _costs(asked, day, peak, top, folder) if asked.costs else None
+    return _Prepared(day, window_s, tuple(curves), silo, costs, runs)
+
+
+def _least(contender: Contender) -> int:
+    return 2 if setup_for(contender).form is Form.DISAGGREGATED else 1
+
+
+def _runs(asked: Asked) -> Runs:
+    smallest = min(tier.share for tier in asked.demand.tiers if tier.slo.promised)
+    needed = _MISSES / ((1 - asked.target) * smallest * len(asked.seeds)) if asked.target < 1 else math.inf
+    measured = int(min(max(needed, _LEAST_MEASURED), _MOST_MEASURED))
+    return Runs(asked.demand.residence_s, measured)
+
+
+def _most_rate(runs: Runs, cost_s: float) -> float:
+    """The greatest rate that is simulated: larger fleets are scaled up from it."""
+    per_rps = (runs.warmup + runs.measured + runs.cooldown) * runs.residence_s
+    rate_rps = max(min(_SIMULATED_BACKENDS / cost_s, _MOST_REQUESTS / per_rps), _LEAST_SIMULATED / cost_s)
+    return float(f"{rate_rps:.5g}")
+
+
+def _workload(asked: Asked, rows: Sequence[TraceRequest], folder: Path, demand: Demand) -> Workload:
+    path = write_rows(rows, folder, _promise_of(demand))
+    return Workload(str(path), demand.tiers, arrivals=asked.arrivals, own_tiers=demand.own_tiers)
+
+
+def _promise_of(demand: Demand) -> Callable[[TraceRequest], Slo | None]:
+    """What is written of a row's promise: its own, nothing where tiers are drawn, None for a tier that is gone."""
+    names = {tier.name for tier in demand.tiers}
+    paces = {tier.name: tier.slo.tpot_s for tier in demand.tiers}
+
+    def promise(row: TraceRequest) -> Slo | None:
+        if not demand.own_tiers:
+            return Slo(None, None)
+        if row.tier not in names or row.slo is None:
+            return None
+        pace_s = paces[row.tier]
+        if row.slo.tpot_s is not None and pace_s is not None and row.slo.tpot_s < pace_s:
+            return replace(row.slo, tpot_s=pace_s)  # the tier was relaxed
+        return row.slo
+
+    return promise
+
+
+def _costs(asked: Asked, day: Day, number: int, curve: Curve, folder: Path) -> Costs | None:
+    """The pricing of promises with the lengths of the group that has the greatest load."""
+    demand, group, kind = asked.demand, day.groups[number], kinds_of(asked.fleet)[0]
+    rows = group.rows
+    shares = {tier.name: tier.share for tier in demand.tiers}
+    if demand.own_tiers:
+        shares = {name: sum(row.tier == name for row in rows) / len(rows) for name in shares}
+    changes = []
+    paced = [tier for tier in demand.tiers if tier.slo.tpot_s is not None and shares[tier.name] > 0]
+    for place, tier in enumerate(paced):
+        looser = next((one for one in paced[place + 1 :] if one.slo.tpot_s != tier.slo.tpot_s), None)
+        if looser is not None:
+            slo = Slo(tier.slo.ttft_s, looser.slo.tpot_s)
+            tiers = tuple(replace(one, slo=slo) if one is tier else one for one in demand.tiers)
+            changes.append(
+                _change(asked, replace(demand, tiers=tiers), (tier.name, looser.name), rows, folder, 1.0)
+            )
+        if len(paced) > 1:
+            tiers = tuple(one for one in demand.tiers if one is not tier)
+            left = replace(demand, tiers=tiers)
+            changes.append(_change(asked, left, (tier.name, None), rows, folder, 1 - shares[tier.name]))
+    backends = max(_COST_BACKENDS, len(demand.tiers) + 1)
+    return Costs(
+        curve,
+        reference_cost_s(demand, rows, kind, asked.fleet),
+        tuple(changes),
+        tuple(shares.items()),
+        backends,
+        asked.seeds[:_COST_SEEDS],
+    )
+
+
+def _change(
+    asked: Asked,
+    demand: Demand,
+    names: tuple[str, str | None],
+    rows: Sequence[TraceRequest],
+    folder: Path,
+    share: float,
+) -> Change:
+    kind = kinds_of(asked.fleet)[0]
+    left = {tier.name for tier in demand.tiers}
+    kept = [row for row in rows if row.tier in left] if demand.own_tiers else rows
+    workload = _workload(asked, kept, folder, demand)
+    return Change(*names, workload, share, reference_cost_s(demand, kept, kind, asked.fleet))
+
+
+# --- after the runs ----------------------------------------------------------------------------------------
+
+
+def _together(
+    asked: Asked, prepared: _Prepared, known: Known, whole: Callable[[Cell], CellOutcome]
+) -> CapacityPlan:
+    sized = [curve.levels(known) for curve in prepared.curves]
+    judges = [curve.judge(known) for curve in prepared.curves]
+    levels: list[Level] = []
+    places: dict[tuple[int, float], int] = {}
+    for number, group in enumerate(sized):
+        for one in group:
+            places[number, one.rate_rps] = len(levels)
+            levels.append(_level(number, one, judges[number], [whole(cell) for cell in one.cells]))
+    windows = tuple(_window(one, prepared.day, sized, levels, places) for one in prepared.day.windows)
+    rates = [
+        one.load / prepared.day.groups[one.group].cost_s for one in prepared.day.windows if one.group is not None
+    ]
+    return CapacityPlan(
+        asked,
+        prepared.window_s,
+        windows,
+        tuple(levels),
+        _silos(prepared, known),
+        _priced(prepared.costs, known),
+        _unloaded(judges),
+        max(rates),
+        prepared.runs,
+        len(known),
+        sum(cell.requests for cell in known),
+    )
+
+
+def _unloaded(judges: Sequence[Judge]) -> tuple[tuple[str, float], ...]:
+    """The least of the groups."""
+    found: dict[str, float] = {}
+    for judge in judges:
+        for name, value in judge.unloaded:
+            found[name] = min(value, found.get(name, 1.0))
+    return tuple(found.items())
+
+
+def _level(number: int, one: Sized, judge: Judge, outcomes: Sequence[CellOutcome]) -> Level:
+    fewer = dict(one.tried).get((one.backends or 0) - 1)
+    return Level(
+        number,
+        one.rate_rps,
+        one.backends,
+        tuple(judge.attainments(outcomes).items()),
+        judge.interval(outcomes),
+        sum(judge.reached([outcome]) for outcome in outcomes),
+        fewer,
+        held_of(one.cells, outcomes),
+        one.tried,
+    )
+
+
+def held_of(cells: Sequence[Cell], outcomes: Sequence[CellOutcome]) -> Held:
+    """Backends by tier, mean over the samples while measured requests arrived."""
+    sums: dict[str, float] = {}
+    count = 0
+    for cell, outcome in zip(cells, outcomes, strict=True):
+        begin_s = cell.warmup_requests / cell.rate_rps
+        end_s = begin_s + cell.measured_requests / cell.rate_rps
+        for sample in outcome.samples:
+            if begin_s <= sample.at_s <= end_s:
+                count += 1
+                for name, loads in sample.backends.items():
+                    sums[name] = sums.get(name, 0.0) + len(loads)
+    pool = sums.pop(POOL, 0.0) / max(count, 1)
+    tiers = {tier.tier for tier in outcomes[0].tiers} if outcomes else set()
+    names = [tier.tier for tier in outcomes[0].tiers] if outcomes else []
+    kept = tuple((name, sums[name] / count) for name in names if name in sums)
+    others = math.fsum(value for name, value in sums.items() if name not in tiers) / max(count, 1)
+    return Held(kept, pool + others)
+
+
+def _window(
+    window: Window,
+    day: Day,
+    sized: Sequence[Sequence[Sized]],
+    levels: Sequence[Level],
+    places: Mapping[tuple[int, float], int],
+) -> PlannedWindow:
+    if window.group is None or not window.load:
+        return PlannedWindow(window, 0, Held((), 0.0), None, scaled=False)
+    own = sized[window.group]
+    rate_rps = window.load / day.groups[window.group].cost_s
+    rate_rps = float(f"{rate_rps:.5g}")
+    backends = backends_at(rate_rps, own)
+    level = next((one for one in own if one.rate_rps >= rate_rps * (1 - 1e-9)), own[-1])
+    place = places[window.group, level.rate_rps]
+    scaled = rate_rps > own[-1].rate_rps * (1 + 1e-9)
+    return PlannedWindow(window, backends, _shared_out(levels[place], backends), place, scaled)
+
+
+def _shared_out(level: Level, backends: int | None) -> Held:
+    """The fleet of a window split as that of its level was."""
+    if backends is None or not level.backends:
+        return Held((), 0.0)
+    part = backends / level.backends
+    return Held(tuple((name, part * value) for name, value in level.held.tiers), part * level.held.pool)
+
+
+def _silos(prepared: _Prepared, known: Known) -> Silos | None:
+    if prepared.silo is None:
+        return None
+    (one,) = prepared.silo.levels(known)
+    group = prepared.curves[
+        [curve.subject.workload for curve in prepared.curves].index(prepared.silo.subject.workload)
+    ]
+    rates = [
+        window.load / group.backends_per_rps
+        for window in prepared.day.windows
+        if window.group is not None and prepared.curves[window.group] is group
+    ]
+    scale = max(max(rates) / one.rate_rps, 1.0)
+    backends = None if one.backends is None else math.ceil(one.backends * scale - 1e-3)
+    score = prepared.silo.judge(known).score([known[cell] for cell in one.cells])
+    return Silos(backends, one.rate_rps, scale, score)
+
+
+def _priced(costs: Costs | None, known: Known) -> Priced | None:
+    if costs is None:
+        return None
+    return Priced(costs.backends, costs.request_cost_s(known), costs.savings(known))

@@ -1,0 +1,328 @@
+"""The smallest fleet that keeps the target, at one load and over a range of loads: plans for a campaign.
+
+A plan keeps no state: what it wants next follows from what is known (`simulator.campaign.plan`). At every number
+of backends all seeds offer the same requests, so that numbers are compared under common random numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from simulator.campaign.goodput import Length
+from simulator.campaign.interval import Interval, t_interval
+from simulator.campaign.plan import Known, missing
+from simulator.outcome import CellOutcome
+from simulator.scenario import Cell, Contender, FleetSpec, Workload
+
+MARGIN = 1.15
+"""First guess: so many times the reference's backends."""
+_MOST_TIMES = 4.0  # this many times the guess without reaching the target: it is not a matter of backends
+_LEAST_MORE = 8
+
+
+ALL = "all"
+"""Where attainments are named by tier: of all tiers that are judged together."""
+UNLOADED_BACKENDS = 8
+_UNLOADED_PART = 0.1  # of what the reference would serve on them: hardly anybody meets anybody
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """What a fleet must keep: `target` of all requests and of each of these tiers.
+
+    Attributes:
+        unloaded: attainments of a fleet without load, by tier and for `all`, where they are below the target: no
+            number of backends reaches it, and `target` of that is asked for in its place.
+    """
+
+    target: float
+    tiers: tuple[str, ...]
+    unloaded: tuple[tuple[str, float], ...] = ()
+
+    def attainments(self, outcomes: Sequence[CellOutcome]) -> dict[str, float]:
+        """By tier and for `all`, of everything that the seeds offered together."""
+        offered = dict.fromkeys(self.tiers, 0)
+        attained = dict.fromkeys(self.tiers, 0)
+        for outcome in outcomes:
+            for tier in outcome.tiers:
+                if tier.tier in offered:
+                    offered[tier.tier] += tier.offered
+                    attained[tier.tier] += tier.attained
+        found = {name: attained[name] / count for name, count in offered.items() if count}
+        whole = sum(offered.values())
+        return found | ({ALL: sum(attained.values()) / whole} if whole else {})
+
+    def knowing(self, unloaded: Sequence[CellOutcome]) -> Judge:
+        """The same judge, who knows what a fleet without load attains."""
+        found = self.attainments(unloaded)
+        short = tuple((name, value) for name, value in found.items() if value < self.target)
+        return replace(self, unloaded=short)
+
+    def score(self, outcomes: Sequence[CellOutcome]) -> float:
+        """The least attainment, each as a part of what a fleet without load attains when that is below the target;
+        1 where nothing was judged."""
+        best = dict(self.unloaded)
+        parts = [value / (best.get(name) or 1.0) for name, value in self.attainments(outcomes).items()]
+        return min(1.0, *parts) if parts else 1.0
+
+    def reached(self, outcomes: Sequence[CellOutcome]) -> bool:
+        return self.score(outcomes) >= self.target
+
+    def interval(self, outcomes: Sequence[CellOutcome]) -> Interval:
+        """Of the score, over seeds."""
+        return t_interval([self.score([outcome]) for outcome in outcomes])
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is sized: `fleet` has one kind of engine, whose count is replaced.
+
+    Attributes:
+        least: fewer backends are not tried.
+    """
+
+    workload: Workload
+    fleet: FleetSpec
+    contender: Contender
+    seeds: tuple[int, ...]
+    judge: Judge
+    least: int = 1
+
+    def cells(self, rate_rps: float, backends: int, length: Length) -> tuple[Cell, ...]:
+        (engines,) = self.fleet.engines
+        fleet = replace(self.fleet, engines=(replace(engines, count=backends),))
+        return tuple(
+            Cell(
+                self.workload,
+                fleet,
+                self.contender,
+                rate_rps,
+                seed,
+                length.warmup,
+                length.measured,
+                length.cooldown,
+            )
+            for seed in self.seeds
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """What was found at one load.
+
+    Attributes:
+        backends: None: the target was not reached by any number that was tried.
+        tried: numbers of backends with the worst tier's attainment over all seeds.
+        cells: the runs at `backends`, or at the most that were tried.
+    """
+
+    rate_rps: float
+    backends: int | None
+    tried: tuple[tuple[int, float], ...]
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """A `Plan`: from a guess in growing steps until the answer is between two numbers, then by halves."""
+
+    subject: Subject
+    rate_rps: float
+    length: Length
+    guess: int
+
+    def wanted(self, known: Known) -> tuple[Cell, ...]:
+        backends = self._next(self._tried(known))
+        return () if backends is None else missing(self._cells(backends), known)
+
+    def ahead(self, known: Known) -> int:
+        done = len(self._tried(known))
+        return max(1, 3 - done) * len(self.subject.seeds) * self.length.requests if self.wanted(known) else 0
+
+    def sized(self, known: Known) -> Sized | None:
+        """The answer; None while there is none."""
+        tried = self._tried(known)
+        if self._next(tried) is not None:
+            return None
+        target = self.subject.judge.target
+        enough = [backends for backends, worst in tried.items() if worst >= target]
+        backends = min(enough, default=None)
+        shown = max(tried) if backends is None else backends
+        return Sized(self.rate_rps, backends, tuple(sorted(tried.items())), self._cells(shown))
+
+    def _cells(self, backends: int) -> tuple[Cell, ...]:
+        return self.subject.cells(self.rate_rps, backends, self.length)
+
+    def _tried(self, known: Known) -> dict[int, float]:
+        """Replays the search: numbers in the order they were tried, with what they gave."""
+        tried: dict[int, float] = {}
+        while (backends := self._next(tried)) is not None:
+            cells = self._cells(backends)
+            if not all(cell in known for cell in cells):
+                break
+            tried[backends] = self.subject.judge.score([known[cell] for cell in cells])
+        return tried
+
+    def _next(self, tried: Mapping[int, float]) -> int | None:
+        least = self.subject.least
+        guess = max(self.guess, least)
+        most = max(math.ceil(_MOST_TIMES * guess), guess + _LEAST_MORE)
+        if not tried:
+            return guess
+        enough = [backends for backends, worst in tried.items() if worst >= self.subject.judge.target]
+        too_few = [backends for backends in tried if backends not in enough]
+        step = 2 ** (len(tried) - 1)
+        if not enough:
+            top = max(tried)
+            return None if top >= most else min(top + step, most)
+        low, high = max((one for one in too_few if one < min(enough)), default=None), min(enough)
+        if low is None:
+            return None if high <= least else max(high - step, least)
+        return None if high - low <= 1 else (low + high) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """How long a run is, by its rate.
+
+    Attributes:
+        residence_s: mean time a request stays at its full pace.
+        least_measured: requests measured at least, whatever the time.
+    """
+
+    residence_s: float
+    least_measured: int
+    warmup: float = 1.0
+    measured: float = 3.0
+    cooldown: float = 0.5
+
+    def length(self, rate_rps: float) -> Length:
+        """Warm-up, measured and cool-down last these many residence times."""
+        each = self.residence_s * rate_rps
+        return Length(
+            math.ceil(max(self.warmup * each, self.least_measured / 6)),
+            math.ceil(max(self.measured * each, self.least_measured)),
+            math.ceil(max(self.cooldown * each, self.least_measured / 12)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A `Plan`: fleet sizes over the loads of one group of windows.
+
+    Attributes:
+        rates_rps: of the windows, rising; at least one.
+        backends_per_rps: of the tier-packed reference.
+        yardstick: whose fleet without load tells what can be reached.
+        most_levels: loads that are simulated at most.
+    """
+
+    subject: Subject
+    rates_rps: tuple[float, ...]
+    backends_per_rps: float
+    runs: Runs
+    yardstick: Contender
+    most_levels: int = 4
+
+    def wanted(self, known: Known) -> tuple[Cell, ...]:
+        unloaded = missing(self.unloaded, known)
+        if unloaded:
+            return unloaded
+        return tuple(dict.fromkeys(cell for one in self._open(known)[1] for cell in one.wanted(known)))
+
+    def ahead(self, known: Known) -> int:
+        """As if the widest gap were halved until the levels are used up, or fleets of neighbours are alike."""
+        unloaded = missing(self.unloaded, known)
+        if unloaded:
+            each = self.runs.length(self.rates_rps[-1]).requests
+            return sum(cell.requests for cell in unloaded) + 5 * len(unloaded) * each
+        solved, open_ = self._open(known)
+        found = sum(one.ahead(known) for one in open_)
+        if not solved and self.rates_rps[0] < self.rates_rps[-1]:
+            found *= 2
+        return found
+
+    @property
+    def unloaded(self) -> tuple[Cell, ...]:
+        """Runs that tell what a fleet attains that has hardly anything to do."""
+        subject = replace(self.subject, contender=self.yardstick)
+        rate_rps = float(f"{_UNLOADED_PART * UNLOADED_BACKENDS / self.backends_per_rps:.5g}")
+        return subject.cells(rate_rps, UNLOADED_BACKENDS, replace(self.runs, residence_s=0.0).length(rate_rps))
+
+    def judge(self, known: Known) -> Judge:
+        """The judge once the fleet without load is known."""
+        return self.subject.judge.knowing([known[cell] for cell in self.unloaded])
+
+    def levels(self, known: Known) -> tuple[Sized, ...]:
+        """What was found, by rate; answers never fall as the rate grows, whatever the noise."""
+        levels: list[Sized] = []
+        for one in sorted(self._open(known)[0], key=lambda one: one.rate_rps):
+            before = levels[-1].backends if levels else None
+            backends = one.backends
+            if backends is not None and before is not None and before > backends:
+                one = replace(one, backends=before)  # noqa: PLW2901
+            levels.append(one)
+        return tuple(levels)
+
+    def _open(self, known: Known) -> tuple[list[Sized], list[Sizing]]:
+        """The levels that are solved, and those to solve next."""
+        solved: list[Sized] = []
+        subject = replace(self.subject, judge=self.judge(known))
+        wave = [self.rates_rps[-1]]
+        while wave:
+            sizings = [self._sizing(subject, rate_rps, solved) for rate_rps in wave]
+            found = [one.sized(known) for one in sizings]
+            if not all(found):
+                return solved, [one for one, sized in zip(sizings, found, strict=True) if sized is None]
+            solved += [one for one in found if one is not None]
+            wave = self._further(solved)
+        return solved, []
+
+    def _sizing(self, subject: Subject, rate_rps: float, solved: Sequence[Sized]) -> Sizing:
+        answered = [one for one in solved if one.backends is not None]
+        if answered:
+            nearest = min(answered, key=lambda one: abs(one.rate_rps - rate_rps))
+            guess = math.ceil((nearest.backends or 1) * rate_rps / nearest.rate_rps - 1e-9)
+        else:
+            guess = math.ceil(MARGIN * self.backends_per_rps * rate_rps)
+        return Sizing(subject, rate_rps, self.runs.length(rate_rps), max(guess, subject.least))
+
+    def _further(self, solved: Sequence[Sized]) -> list[float]:
+        """Rates to solve next: the least, then the middles of gaps in which windows lie and answers differ."""
+        if any(one.backends is None for one in solved):
+            return []
+        if len(solved) == 1:
+            low, (top,) = self.rates_rps[0], solved
+            settled = low == top.rate_rps or (top.backends or 0) <= self.subject.least
+            return [] if settled else [low]
+        ordered = sorted(solved, key=lambda one: one.rate_rps)
+        gaps = []
+        for low_one, high_one in itertools.pairwise(ordered):
+            inside = [rate for rate in self.rates_rps if low_one.rate_rps < rate < high_one.rate_rps]
+            differ = (high_one.backends or 0) - (low_one.backends or 0)
+            if differ >= 2 and inside:
+                middle = math.sqrt(low_one.rate_rps * high_one.rate_rps)
+                gaps.append((differ, min(inside, key=lambda rate: abs(rate - middle))))
+        room = self.most_levels - len(solved)
+        return [rate for _, rate in sorted(gaps, reverse=True)[: max(room, 0)]]
+
+
+def backends_at(rate_rps: float, levels: Sequence[Sized]) -> int | None:
+    """Backends for a rate: interpolated between levels and rounded up, beyond the greatest in proportion.
+
+    None where the target was not reached at the level above. Below the least level its answer holds.
+    """
+    above = next((one for one in levels if one.rate_rps >= rate_rps * (1 - 1e-9)), None)
+    if above is None:
+        top = levels[-1]
+        return None if top.backends is None else math.ceil(top.backends * rate_rps / top.rate_rps - 1e-9)
+    below = next((one for one in reversed(levels) if one.rate_rps < above.rate_rps), None)
+    if above.backends is None or below is None or below.backends is None:
+        return above.backends
+    if rate_rps <= below.rate_rps:
+        return below.backends
+    part = (rate_rps - below.rate_rps) / (above.rate_rps - below.rate_rps)
+    return math.ceil(below.backends + part * (above.backends - below.backends) - 1e-9)
