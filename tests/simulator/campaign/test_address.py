@@ -13,7 +13,7 @@ import pytest
 
 from profiles.catalogue import shipped
 from scheduling.tiers import Slo
-from simulator.campaign.address import Addresser, AddressError, canonical, code_digest, parse, sources
+from simulator.campaign.address import ENTRY, Addresser, AddressError, canonical, code_digest, parse, sources
 from simulator.scenario import Arrivals, Cell, Contender, Engines, Fault, FaultKind
 from tests.simulator.campaign.fakes import FLEET, WORKLOAD, cell
 from workloads.mix import TierShare
@@ -107,8 +107,8 @@ def test_a_file_that_is_not_there_is_named(what: str) -> None:
         OURS.address(one)
 
 
-def test_the_code_is_all_that_a_run_imports() -> None:
-    entry = "simulator.workload"
+@pytest.mark.parametrize("entry", [ENTRY, "simulator.workload"])
+def test_the_code_is_all_that_a_run_imports(entry: str) -> None:
     listing = f"import sys, {entry}; print(*sys.modules)"
     told = subprocess.run(
         [sys.executable, "-c", listing], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
@@ -122,7 +122,8 @@ def test_the_code_is_all_that_a_run_imports() -> None:
     reached = sources(entry)
     assert ours <= set(reached)
     assert {"scheduling.tiers", "workloads.traces", "tiergate_engine.step"} <= ours
-    assert not any(name.startswith("simulator.campaign") for name in reached)
+    beside = ("simulator.campaign", "simulator.report", "simulator.planning")
+    assert not any(name.startswith(beside) for name in reached)
 
 
 def test_code_that_is_not_there_is_said() -> None:
