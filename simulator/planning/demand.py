@@ -19,7 +19,7 @@ from workloads.mix import TierShare
 from workloads.traces import Trace, TraceRequest
 
 MOST_GROUPS = 3
-ALIKE = 1.6
+ALIKE = 1.75
 """Costs per request that differ by less than this factor are one group."""
 _MOST_ROWS = 20_000  # of a group's file: every run reads it whole
 _PROBED_ROWS = 5_000  # whose promises are checked where tiers are drawn

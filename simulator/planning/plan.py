@@ -36,8 +36,9 @@ SILO = Contender("qoserve_silo")
 _SIMULATED_BACKENDS = 8.0  # of the reference; a greater load is scaled up from here
 _LEAST_SIMULATED = 4.0  # however long its requests stay
 _MOST_REQUESTS = 12_000  # of a run, unless that would leave fewer than those backends
-_LEAST_MEASURED, _MOST_MEASURED = 1_500, 6_000
-_MISSES = 3.0  # so many requests of the smallest tier may miss, over all seeds, at least
+LEAST_MEASURED = 1_000
+_MOST_MEASURED = 6_000
+_MISSES = 2.0  # so many requests of the smallest tier may miss, over all seeds, at least
 _COST_BACKENDS = 4  # on which promises are priced, at least one for each tier and one more
 _COST_SEEDS = 2
 
@@ -51,6 +52,7 @@ class Asked:
         target: of all requests, and of each tier with a promise.
         window_s: None: `default_window_s`.
         rate_factor: so many times the trace's requests in the same time.
+        measured: requests that a run measures at least.
         silos, costs: whether to size silos, and to price promises.
     """
 
@@ -62,6 +64,7 @@ class Asked:
     window_s: float | None = None
     rate_factor: float = 1.0
     arrivals: Arrivals = Arrivals.POISSON
+    measured: int = LEAST_MEASURED
     silos: bool = True
     costs: bool = True
 
@@ -258,7 +261,7 @@ def _least(contender: Contender) -> int:
 def _runs(asked: Asked) -> Runs:
     smallest = min(tier.share for tier in asked.demand.tiers if tier.slo.promised)
     needed = _MISSES / ((1 - asked.target) * smallest * len(asked.seeds)) if asked.target < 1 else math.inf
-    measured = int(min(max(needed, _LEAST_MEASURED), _MOST_MEASURED))
+    measured = int(min(max(needed, asked.measured), max(_MOST_MEASURED, asked.measured)))
     return Runs(asked.demand.residence_s, measured)
 
 
