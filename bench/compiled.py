@@ -18,6 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (ROOT / "engine" / "tiergate_engine", ROOT / "scheduling")
+PLAIN = frozenset({"__init__.py", "tiers.py", "scoring.py"})
+"""Files that stay Python: a package's own, which only names what is in it, and values that go from one process to
+another, of which one may run compiled and the other not."""
 _LONGEST_BUILD_S = 900
 _SETUP = """
 from setuptools import setup
@@ -37,6 +40,7 @@ def folder() -> Path:
     for path in _sources():
         digest.update(f"{path.relative_to(ROOT)}\n".encode())
         digest.update(path.read_bytes())
+    digest.update(" ".join(sorted(PLAIN)).encode())
     digest.update(f"{importlib.metadata.version('mypy')} {sysconfig.get_config_var('EXT_SUFFIX')}".encode())
     return ROOT / "build" / "compiled" / digest.hexdigest()[:16]
 
@@ -52,8 +56,7 @@ def build() -> Path:
         work.mkdir()
         for package in PACKAGES:
             shutil.copytree(package, work / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-        # a package's own file stays Python: it only names what is in the package
-        modules = sorted(str(path.relative_to(work)) for path in work.rglob("*.py") if path.name != "__init__.py")
+        modules = sorted(str(path.relative_to(work)) for path in work.rglob("*.py") if path.name not in PLAIN)
         (work / "setup.py").write_text(_SETUP.format(modules=modules))
         (work / "pyproject.toml").write_text("[tool.mypy]\nstrict = true\n")
         _compile(work)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.compiled import NotBuilt, build
 from simulator.campaign import recorded
 from simulator.campaign.address import Addresser
 from simulator.campaign.plan import Plan
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"{len(entries)} searches and trials, at most {requests / 1e6:.1f} million requests")
     if args.dry_run:
         return 0
+    if not args.interpreted:
+        _compile(console)
     store = Store(args.out / "cells")
     addresser = Addresser.of_this_code()
     plans: list[Plan] = [entry.confirm or entry.plan for entry in entries]
@@ -75,6 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if done.failures else 0
 
 
+def _compile(console: Console) -> None:
+    """Let the processes that run cells take the compiled core; they inherit the path."""
+    try:
+        with console.status("compiling the core, about a minute the first time"):
+            sys.path.insert(0, str(build()))
+    except NotBuilt as error:
+        console.print(f"the core runs interpreted, at about twice the cost: {error}")
+
+
 def _report(
     args: argparse.Namespace, found: Results, done: CampaignResult, store: Store, addresser: Addresser
 ) -> Path:
@@ -93,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=[section.value for section in Section], help="one part of the results")
     parser.add_argument("--afresh", action="store_true", help="begin no search where the published ones ended")
     parser.add_argument("--record", action="store_true", help=f"write where searches ended to {RECORD.name}")
+    parser.add_argument("--interpreted", action="store_true", help="do not compile the core first")
     parser.add_argument("--dry-run", action="store_true", help="say how much there is to run")
     return parser
 

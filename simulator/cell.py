@@ -31,7 +31,7 @@ from simulator.contenders import setup_for
 from simulator.disagg import DisaggregatedFleet, Half, Link, prefill_tiers
 from simulator.fleet import FleetOptions, SimFleet
 from simulator.outcome import CellOutcome, TierOutcome, Timing
-from simulator.reference import needs_of, prefill_share
+from simulator.reference import needs_of, reference
 from simulator.requests import SimRequest
 from simulator.scenario import Cell, FleetSpec, Form
 from simulator.served import Served, SimResult
@@ -180,8 +180,8 @@ def prefill_backends(spec: FleetSpec, kinds: list[Kind], requests: Offered) -> i
     if most < 1:
         raise ValueError("backends: a disaggregated fleet needs at least two")
     needs = needs_of(islice(requests, _SPLIT_REQUESTS), prefix_caching=spec.prefix_caching)
-    share = prefill_share(kinds[0].step_time, kinds[0].limits, needs)
-    return min(max(round(share * len(kinds)), 1), most)
+    apart = reference(kinds[0].step_time, kinds[0].limits, needs, Form.DISAGGREGATED)
+    return apart.prefill_backends(len(kinds))
 
 
 class _Learner:

@@ -226,11 +226,6 @@ def reference(
     return Reference(form, tuple(pack(engine, tier) for tier in tiers), pack(engine, merged))
 
 
-def prefill_share(step_time: StepTime, limits: EngineLimits, tiers: Sequence[TierNeed]) -> float:
-    """Which part of a disaggregated fleet should prefill, by the costs of `reference`."""
-    return reference(step_time, limits, tiers, Form.DISAGGREGATED).prefill_share
-
-
 def fixed_s(step_time: StepTime) -> float:
     """The fixed part t0 of a step: what a step costs beside what its tokens cost, where these are compute-bound.
 

@@ -14,7 +14,7 @@ from simulator.campaign.goodput import MAIN, TARGETS, Guide, Target, mean_curve
 from simulator.campaign.knobs import Searched, Trial, with_knob
 from simulator.campaign.plan import Known
 from simulator.campaign.results import Line
-from simulator.campaign.table import CHUNK_KNOB, Entry
+from simulator.campaign.table import CHUNK_KNOB, SWEPT, Entry
 from simulator.scenario import Knob
 
 
@@ -65,7 +65,7 @@ def found_by(lines: Sequence[Line], known: Known) -> Record:
     for line in lines:
         curves = tuple(tuple(_short(point) for point in _curve(line, target, known)) for target in TARGETS)
         knobs = dict(line.search.subject.contender.knobs)
-        swept = line.entry.plan.sweep is not None or line.entry.name == "co_chunk"
+        swept = line.entry.plan.sweep is not None or line.entry.name in SWEPT
         record[key_of(line.entry)] = Found(curves, knobs.get(CHUNK_KNOB) if swept else None)
     return record
 

@@ -17,7 +17,6 @@ from simulator.reference import (
     closed_form_gain,
     fixed_s,
     needs_of,
-    prefill_share,
     reference,
     with_fixed_s,
 )
@@ -133,7 +132,6 @@ def test_a_tighter_pace_more_host_time_or_more_fixed_time_never_pay() -> None:
 def test_the_split_of_a_disaggregated_fleet_balances_its_sides() -> None:
     found = reference(LINEAR, LIMITS, needs(Lengths.equal(1000, 200)), Form.DISAGGREGATED)
     share = found.prefill_share
-    assert share == pytest.approx(prefill_share(LINEAR, LIMITS, needs(Lengths.equal(1000, 200))))
     prefill = found.prefill_backends(20)
     assert abs(prefill - 20 * share) < 1.0
     assert [found.prefill_backends(2), reference(LINEAR, LIMITS, needs(Lengths.equal(9, 9))).prefill_share] == [

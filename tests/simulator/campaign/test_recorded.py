@@ -14,7 +14,7 @@ from simulator.campaign.curve import Bound, Crossing, Point, shifted
 from simulator.campaign.goodput import EVERY_TIER, MAIN, Guide, Search
 from simulator.campaign.knobs import Searched, Trial
 from simulator.campaign.results import results
-from simulator.campaign.table import Section, full, quick, table
+from simulator.campaign.table import SWEPT, Section, full, quick, table
 from simulator.outcome import CellOutcome
 from simulator.scenario import Cell
 from tests.simulator.campaign.fakes import Knee, outcome
@@ -123,7 +123,7 @@ def test_a_full_campaign_begins_where_another_ended_and_still_sweeps() -> None:
     for entry in begun:
         assert isinstance(entry.plan, Searched)
         assert len(entry.plan.of.settings.grid) == 2
-        assert (entry.plan.sweep is not None) is (entry.name == "co_chunk")
+        assert (entry.plan.sweep is not None) is (entry.name in SWEPT)
         assert entry.confirm is None or entry.confirm.searched == entry.plan
     assert recorded.begun(entries[0], {}, guided=False) == entries[0]
     assert len(found_in(begun)) <= len(known)
