@@ -8,22 +8,20 @@ to tell apart. Differences are paired by seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from simulator.campaign.curve import Bound, Point
-from simulator.campaign.goodput import Judged as Scored
-from simulator.campaign.goodput import Search, SearchSettings, Target
+from simulator.campaign.curve import Bound
+from simulator.campaign.goodput import Goodput, Judged, Search, SearchSettings, Target
 from simulator.campaign.goodput import Subject as SearchSubject
 from simulator.campaign.interval import Interval, t_interval
 from simulator.campaign.plan import Known, missing
-from simulator.outcome import CellOutcome
-from simulator.planning.sizing import Curve, Judge
+from simulator.planning.sizing import Curve, Forgiven, unloaded_cells
 from simulator.scenario import Cell, Workload
 
 _FIRST = (0.75, 0.95)  # rates as parts of the reference, where most policies' answers lie between
 _AROUND = (0.93, 1.07)  # of where the answer is expected once the fleet is known as it is
 _TOLERANCE = 0.16  # narrower brackets are interpolated
-_MOST_RATES = 5
+_MOST_RATES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +65,6 @@ class Saving:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged(Target):
-    """A target that a planner's judge scores, in place of the worst tier's plain attainment."""
-
-    judge: Judge | None = None
-
-    def point(self, rate: float, outcome: CellOutcome) -> Point:
-        """A run's place on this target's curve."""
-        assert self.judge is not None, "a target of the planner has its judge"
-        offered = [tier.offered for tier in outcome.tiers if tier.tier in self.judge.tiers and tier.offered]
-        return Point(rate, self.judge.score([outcome]), min(offered, default=0))
-
-
-@dataclass(frozen=True, slots=True)
 class Costs:
     """A `Plan`: the search for the fleet as it is, then those for the changes, near where they are expected.
 
@@ -100,33 +85,40 @@ class Costs:
         unloaded = missing(self.curve.unloaded, known)
         if unloaded:
             return unloaded
-        base = self._base(known)
-        cells = base.wanted(known)
-        if cells or not self.changes:
+        cells = self._base().wanted(self._seen(None, known))
+        if cells:
             return cells
-        return tuple(dict.fromkeys(cell for one in self._searches(known) for cell in one.wanted(known)))
+        alone = missing((cell for one in self.changes for cell in self._alone(one, known)), known)
+        if alone:
+            return alone
+        wanted = (cell for one, search in self._searches(known) for cell in search.wanted(self._seen(one, known)))
+        return tuple(dict.fromkeys(wanted))
 
     def ahead(self, known: Known) -> int:
-        each = self.curve.runs.length(self.backends / self.cost_s).requests * len(self.seeds)
-        open_ = [len(_AROUND)] * len(self.changes)
-        unloaded = missing(self.curve.unloaded, known)
-        if unloaded:
-            return sum(cell.requests for cell in unloaded) + each * (len(_FIRST) + sum(open_))
-        base = self._base(known)
-        if base.wanted(known):
-            return each * (max(1, len(_FIRST) - len(base.parts(known))) + sum(open_))
-        return each * sum(
-            max(1, len(_AROUND) - len(one.parts(known))) for one in self._searches(known) if one.wanted(known)
-        )
+        each = self.curve.length.requests * len(self.seeds)
+        rates = len(_AROUND) * len(self.changes)
+        if missing(self.curve.unloaded, known):
+            return each * (1 + len(_FIRST) + rates)
+        base, seen = self._base(), self._seen(None, known)
+        if base.wanted(seen):
+            return each * (max(1, len(_FIRST) - len(base.parts(seen))) + rates)
+        alone = missing((cell for one in self.changes for cell in self._alone(one, known)), known)
+        if alone:
+            return sum(cell.requests for cell in alone) + each * rates
+        open_ = 0
+        for one, search in self._searches(known):
+            seen = self._seen(one, known)
+            if search.wanted(seen):
+                open_ += max(1, len(_AROUND) - len(search.parts(seen)))
+        return each * open_
 
     def savings(self, known: Known) -> tuple[Saving, ...]:
         """What every change saves. Raises ValueError before all is known."""
-        target = self._target(known)
-        base = self._base(known).goodput(target, known)
+        base = self._goodput(known)
         shares = dict(self.shares)
         found = []
-        for change, search in zip(self.changes, self._searches(known), strict=True):
-            other = search.goodput(target, known)
+        for change, search in self._searches(known):
+            other = search.goodput(self._target, self._seen(change, known))
             per_request_s = [
                 self.backends / before.rate - change.share * self.backends / after.rate
                 for before, after in zip(base.by_seed, other.by_seed, strict=True)
@@ -139,34 +131,51 @@ class Costs:
 
     def request_cost_s(self, known: Known) -> Interval:
         """Backend-seconds a request costs as the tiers are."""
-        base = self._base(known).goodput(self._target(known), known)
-        return t_interval([self.backends / one.rate for one in base.by_seed])
+        return t_interval([self.backends / one.rate for one in self._goodput(known).by_seed])
 
-    def _target(self, known: Known) -> Judged:
-        judge = self.curve.judge(known)
-        return Judged(Scored.EVERY_TIER, judge.target, judge)
+    def _goodput(self, known: Known) -> Goodput:
+        return self._base().goodput(self._target, self._seen(None, known))
 
-    def _base(self, known: Known) -> Search:
-        return self._search(self.curve.subject.workload, self.cost_s, _FIRST, known)
+    @property
+    def _target(self) -> Target:
+        return Target(Judged.EVERY_TIER, self.curve.subject.judge.target)
 
-    def _searches(self, known: Known) -> Sequence[Search]:
-        base = self._base(known).goodput(self._target(known), known)
-        part = base.estimate.mean * self.cost_s / self.backends
+    def _alone(self, change: Change, known: Known) -> tuple[Cell, ...]:
+        """Runs without load of a change that deals tiers anew, where such runs miss anything at all."""
+        if change.relaxed_to is not None or not self.curve.forgiven(known).misses:
+            return ()
+        subject = replace(self.curve.subject, workload=change.workload)
+        return unloaded_cells(subject, change.cost_s, self.curve.length)
+
+    def _seen(self, change: Change | None, known: Known) -> Known:
+        """Results as they are judged. A relaxed promise keeps the requests, so what is forgiven is the same."""
+        forgiven = self.curve.forgiven(known)
+        if change is not None:
+            cells = self._alone(change, known)
+            if cells:
+                judge = self.curve.subject.judge
+                left = tuple(name for name in judge.tiers if name != change.tier)
+                forgiven = Forgiven.of(replace(judge, tiers=left), cells, known)
+        return forgiven.seen(known)
+
+    def _base(self) -> Search:
+        return self._search(self.curve.subject.workload, self.cost_s, _FIRST)
+
+    def _searches(self, known: Known) -> Sequence[tuple[Change, Search]]:
+        part = self._goodput(known).estimate.mean * self.cost_s / self.backends
         grid = tuple(round(min(1.4, max(0.15, part * by)), 3) for by in _AROUND)
-        return [self._search(change.workload, change.cost_s, grid, known) for change in self.changes]
+        return [(change, self._search(change.workload, change.cost_s, grid)) for change in self.changes]
 
-    def _search(self, workload: Workload, cost_s: float, grid: tuple[float, ...], known: Known) -> Search:
-        reference_rps = self.backends / cost_s
-        length = self.curve.runs.length(reference_rps)
-        (cell, *_) = self.curve.subject.cells(1.0, self.backends, length)
+    def _search(self, workload: Workload, cost_s: float, grid: tuple[float, ...]) -> Search:
+        (cell, *_) = self.curve.subject.cells(1.0, self.backends, self.curve.length)
         settings = SearchSettings(
-            length,
+            self.curve.length,
             self.seeds,
             grid=tuple(dict.fromkeys(grid)),
             lowest=0.1,
             highest=1.6,
             most_rates=_MOST_RATES,
             tolerance=_TOLERANCE,
-            targets=(self._target(known),),
+            targets=(self._target,),
         )
-        return Search(SearchSubject(workload, cell.fleet, cell.contender, reference_rps), settings)
+        return Search(SearchSubject(workload, cell.fleet, cell.contender, self.backends / cost_s), settings)

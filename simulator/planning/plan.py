@@ -27,7 +27,7 @@ from simulator.planning.demand import (
     reference_cost_s,
     write_rows,
 )
-from simulator.planning.sizing import Curve, Judge, Runs, Sized, Subject, backends_at
+from simulator.planning.sizing import Curve, Forgiven, Judge, Runs, Sized, Subject, backends_at
 from simulator.scenario import Arrivals, Cell, Contender, FleetSpec, Form, Workload
 from workloads.traces import TraceRequest
 
@@ -40,7 +40,6 @@ LEAST_MEASURED = 1_000
 _MOST_MEASURED = 6_000
 _MISSES = 2.0  # so many requests of the smallest tier may miss, over all seeds, at least
 _COST_BACKENDS = 4  # on which promises are priced, at least one for each tier and one more
-_COST_SEEDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +322,7 @@ def _costs(asked: Asked, day: Day, number: int, curve: Curve, folder: Path) -> C
         tuple(changes),
         tuple(shares.items()),
         backends,
-        asked.seeds[:_COST_SEEDS],
+        asked.seeds,
     )
 
 
@@ -349,13 +348,16 @@ def _together(
     asked: Asked, prepared: _Prepared, known: Known, whole: Callable[[Cell], CellOutcome]
 ) -> CapacityPlan:
     sized = [curve.levels(known) for curve in prepared.curves]
-    judges = [curve.judge(known) for curve in prepared.curves]
+    judge = prepared.curves[0].subject.judge
+    forgiven = [curve.forgiven(known) for curve in prepared.curves]
     levels: list[Level] = []
     places: dict[tuple[int, float], int] = {}
     for number, group in enumerate(sized):
         for one in group:
             places[number, one.rate_rps] = len(levels)
-            levels.append(_level(number, one, judges[number], [whole(cell) for cell in one.cells]))
+            seen = forgiven[number].seen(known)
+            judged = [seen[cell] for cell in one.cells]
+            levels.append(_level(number, one, judge, judged, [whole(cell) for cell in one.cells]))
     windows = tuple(_window(one, prepared.day, sized, levels, places) for one in prepared.day.windows)
     rates = [
         one.load / prepared.day.groups[one.group].cost_s for one in prepared.day.windows if one.group is not None
@@ -367,7 +369,7 @@ def _together(
         tuple(levels),
         _silos(prepared, known),
         _priced(prepared.costs, known),
-        _unloaded(judges),
+        _unloaded(forgiven),
         max(rates),
         prepared.runs,
         len(known),
@@ -375,24 +377,26 @@ def _together(
     )
 
 
-def _unloaded(judges: Sequence[Judge]) -> tuple[tuple[str, float], ...]:
+def _unloaded(forgiven: Sequence[Forgiven]) -> tuple[tuple[str, float], ...]:
     """The least of the groups."""
     found: dict[str, float] = {}
-    for judge in judges:
-        for name, value in judge.unloaded:
+    for each in forgiven:
+        for name, value in each.unloaded:
             found[name] = min(value, found.get(name, 1.0))
     return tuple(found.items())
 
 
-def _level(number: int, one: Sized, judge: Judge, outcomes: Sequence[CellOutcome]) -> Level:
+def _level(
+    number: int, one: Sized, judge: Judge, judged: Sequence[CellOutcome], outcomes: Sequence[CellOutcome]
+) -> Level:
     fewer = dict(one.tried).get((one.backends or 0) - 1)
     return Level(
         number,
         one.rate_rps,
         one.backends,
         tuple(judge.attainments(outcomes).items()),
-        judge.interval(outcomes),
-        sum(judge.reached([outcome]) for outcome in outcomes),
+        judge.interval(judged),
+        sum(judge.reached([outcome]) for outcome in judged),
         fewer,
         held_of(one.cells, outcomes),
         one.tried,
@@ -460,7 +464,8 @@ def _silos(prepared: _Prepared, known: Known) -> Silos | None:
     ]
     scale = max(max(rates) / one.rate_rps, 1.0)
     backends = None if one.backends is None else math.ceil(one.backends * scale - 1e-3)
-    score = prepared.silo.judge(known).score([known[cell] for cell in one.cells])
+    seen = prepared.silo.forgiven(known).seen(known)
+    score = prepared.silo.subject.judge.score([seen[cell] for cell in one.cells])
     return Silos(backends, one.rate_rps, scale, score)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from simulator.campaign.goodput import Length
 from simulator.campaign.interval import Interval, t_interval
@@ -31,16 +31,10 @@ _UNLOADED_PART = 0.1  # of what the reference would serve on them: hardly anybod
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """What a fleet must keep: `target` of all requests and of each of these tiers.
-
-    Attributes:
-        unloaded: attainments of a fleet without load, by tier and for `all`, where they are below the target: no
-            number of backends reaches it, and `target` of that is asked for in its place.
-    """
+    """What a fleet must keep: `target` of all requests and of each of these tiers."""
 
     target: float
     tiers: tuple[str, ...]
-    unloaded: tuple[tuple[str, float], ...] = ()
 
     def attainments(self, outcomes: Sequence[CellOutcome]) -> dict[str, float]:
         """By tier and for `all`, of everything that the seeds offered together."""
@@ -55,18 +49,9 @@ class Judge:
         whole = sum(offered.values())
         return found | ({ALL: sum(attained.values()) / whole} if whole else {})
 
-    def knowing(self, unloaded: Sequence[CellOutcome]) -> Judge:
-        """The same judge, who knows what a fleet without load attains."""
-        found = self.attainments(unloaded)
-        short = tuple((name, value) for name, value in found.items() if value < self.target)
-        return replace(self, unloaded=short)
-
     def score(self, outcomes: Sequence[CellOutcome]) -> float:
-        """The least attainment, each as a part of what a fleet without load attains when that is below the target;
-        1 where nothing was judged."""
-        best = dict(self.unloaded)
-        parts = [value / (best.get(name) or 1.0) for name, value in self.attainments(outcomes).items()]
-        return min(1.0, *parts) if parts else 1.0
+        """The least attainment; 1 where nothing was judged."""
+        return min(self.attainments(outcomes).values(), default=1.0)
 
     def reached(self, outcomes: Sequence[CellOutcome]) -> bool:
         return self.score(outcomes) >= self.target
@@ -74,6 +59,68 @@ class Judge:
     def interval(self, outcomes: Sequence[CellOutcome]) -> Interval:
         """Of the score, over seeds."""
         return t_interval([self.score([outcome]) for outcome in outcomes])
+
+
+@dataclass(frozen=True, slots=True)
+class Forgiven:
+    """Misses of a fleet without load: no number of backends mends them, so they are not held against a fleet.
+
+    Runs of one length and seed offer the same requests, so they are taken off the misses of the same seed.
+
+    Attributes:
+        misses: by seed, by tier; only of tiers whose attainment without load is below the target.
+        unloaded: those attainments, over all seeds.
+    """
+
+    misses: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    unloaded: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(cls, judge: Judge, cells: Sequence[Cell], known: Known) -> Forgiven:
+        """What runs without load tell."""
+        outcomes = [known[cell] for cell in cells]
+        short = tuple((name, value) for name, value in judge.attainments(outcomes).items() if value < judge.target)
+        names = {name for name, _ in short}
+        if ALL in names:
+            names |= set(judge.tiers)
+        misses = {
+            cell.seed: {
+                tier.tier: tier.offered - tier.attained
+                for tier in outcome.tiers
+                if tier.tier in names and tier.tier in judge.tiers
+            }
+            for cell, outcome in zip(cells, outcomes, strict=True)
+        }
+        return cls(misses if short else {}, short)
+
+    def seen(self, known: Known) -> Known:
+        """Results as they are judged."""
+        return _Seen(known, self.misses) if self.misses else known
+
+
+class _Seen(Mapping[Cell, CellOutcome]):
+    """Known results with some of their misses forgiven."""
+
+    def __init__(self, known: Known, misses: Mapping[int, Mapping[str, int]]) -> None:
+        self._known = known
+        self._misses = misses
+
+    def __getitem__(self, cell: Cell) -> CellOutcome:
+        outcome, own = self._known[cell], self._misses.get(cell.seed, {})
+        tiers = tuple(
+            replace(tier, attained=min(tier.offered, tier.attained + own.get(tier.tier, 0)))
+            for tier in outcome.tiers
+        )
+        return replace(outcome, tiers=tiers)
+
+    def __contains__(self, cell: object) -> bool:
+        return cell in self._known
+
+    def __iter__(self) -> Iterator[Cell]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,30 +278,35 @@ class Curve:
         unloaded = missing(self.unloaded, known)
         if unloaded:
             return unloaded
-        return tuple(dict.fromkeys(cell for one in self._open(known)[1] for cell in one.wanted(known)))
+        return tuple(dict.fromkeys(cell for one in self._open(known)[1] for cell in one.wanted(self._seen(known))))
 
     def ahead(self, known: Known) -> int:
         """As if the widest gap were halved until the levels are used up, or fleets of neighbours are alike."""
         unloaded = missing(self.unloaded, known)
         if unloaded:
-            each = self.runs.length(self.rates_rps[-1]).requests
-            return sum(cell.requests for cell in unloaded) + 5 * len(unloaded) * each
+            return 6 * sum(cell.requests for cell in unloaded)
         solved, open_ = self._open(known)
-        found = sum(one.ahead(known) for one in open_)
+        found = sum(one.ahead(self._seen(known)) for one in open_)
         if not solved and self.rates_rps[0] < self.rates_rps[-1]:
             found *= 2
         return found
 
     @property
+    def length(self) -> Length:
+        """One for all runs, so that a seed measures the same requests at every load."""
+        return self.runs.length(self.rates_rps[-1])
+
+    @property
     def unloaded(self) -> tuple[Cell, ...]:
         """Runs that tell what a fleet attains that has hardly anything to do."""
-        subject = replace(self.subject, contender=self.yardstick)
-        rate_rps = float(f"{_UNLOADED_PART * UNLOADED_BACKENDS / self.backends_per_rps:.5g}")
-        return subject.cells(rate_rps, UNLOADED_BACKENDS, replace(self.runs, residence_s=0.0).length(rate_rps))
+        return unloaded_cells(replace(self.subject, contender=self.yardstick), self.backends_per_rps, self.length)
 
-    def judge(self, known: Known) -> Judge:
-        """The judge once the fleet without load is known."""
-        return self.subject.judge.knowing([known[cell] for cell in self.unloaded])
+    def forgiven(self, known: Known) -> Forgiven:
+        """What the fleet without load misses."""
+        return Forgiven.of(self.subject.judge, self.unloaded, known)
+
+    def _seen(self, known: Known) -> Known:
+        return self.forgiven(known).seen(known)
 
     def levels(self, known: Known) -> tuple[Sized, ...]:
         """What was found, by rate; answers never fall as the rate grows, whatever the noise."""
@@ -270,25 +322,25 @@ class Curve:
     def _open(self, known: Known) -> tuple[list[Sized], list[Sizing]]:
         """The levels that are solved, and those to solve next."""
         solved: list[Sized] = []
-        subject = replace(self.subject, judge=self.judge(known))
+        seen = self._seen(known)
         wave = [self.rates_rps[-1]]
         while wave:
-            sizings = [self._sizing(subject, rate_rps, solved) for rate_rps in wave]
-            found = [one.sized(known) for one in sizings]
+            sizings = [self._sizing(rate_rps, solved) for rate_rps in wave]
+            found = [one.sized(seen) for one in sizings]
             if not all(found):
                 return solved, [one for one, sized in zip(sizings, found, strict=True) if sized is None]
             solved += [one for one in found if one is not None]
             wave = self._further(solved)
         return solved, []
 
-    def _sizing(self, subject: Subject, rate_rps: float, solved: Sequence[Sized]) -> Sizing:
+    def _sizing(self, rate_rps: float, solved: Sequence[Sized]) -> Sizing:
         answered = [one for one in solved if one.backends is not None]
         if answered:
             nearest = min(answered, key=lambda one: abs(one.rate_rps - rate_rps))
             guess = math.ceil((nearest.backends or 1) * rate_rps / nearest.rate_rps - 1e-9)
         else:
             guess = math.ceil(MARGIN * self.backends_per_rps * rate_rps)
-        return Sizing(subject, rate_rps, self.runs.length(rate_rps), max(guess, subject.least))
+        return Sizing(self.subject, rate_rps, self.length, max(guess, self.subject.least))
 
     def _further(self, solved: Sequence[Sized]) -> list[float]:
         """Rates to solve next: the least, then the middles of gaps in which windows lie and answers differ."""
@@ -308,6 +360,12 @@ class Curve:
                 gaps.append((differ, min(inside, key=lambda rate: abs(rate - middle))))
         room = self.most_levels - len(solved)
         return [rate for _, rate in sorted(gaps, reverse=True)[: max(room, 0)]]
+
+
+def unloaded_cells(subject: Subject, backends_per_rps: float, length: Length) -> tuple[Cell, ...]:
+    """Runs of a fleet with hardly anything to do, where a request costs that much in the tier-packed reference."""
+    rate_rps = float(f"{_UNLOADED_PART * UNLOADED_BACKENDS / backends_per_rps:.5g}")
+    return subject.cells(rate_rps, UNLOADED_BACKENDS, length)
 
 
 def backends_at(rate_rps: float, levels: Sequence[Sized]) -> int | None:

@@ -94,7 +94,7 @@ def warnings(plan: CapacityPlan) -> tuple[str, ...]:
         target = _percent(asked.target)
         lines.append(
             f"{what}: {asked.contender.label} attains {_percent(value)} even on a fleet without load, so no "
-            f"number of backends reaches {target}. The plan keeps {target} of that."
+            f"number of backends reaches {target}. The plan does not count these misses."
         )
     failed = [one for one in plan.windows if one.backends is None]
     if failed:
@@ -237,7 +237,7 @@ def _more(value: float, than: float) -> str:
 
 
 def _costs(plan: CapacityPlan, priced: Priced, price: float | None) -> RenderableType:
-    columns = ["tier", "change", "at the peak", "per 1,000 requests"]
+    columns = ["tier", "change", "backends at peak", "backend-s/1,000"]
     table = _table("What each promise costs", [*columns, *(["money"] if price is not None else [])])
     for one in priced.savings:
         saved = one.per_request_s
@@ -247,13 +247,14 @@ def _costs(plan: CapacityPlan, priced: Priced, price: float | None) -> Renderabl
         table.add_row(
             one.tier,
             change(one),
-            f"{plan.peak_rps * saved.mean:.2f}{half} backends{bound}",
-            f"{one.per_thousand_s:,.0f} backend-s",
+            f"{plan.peak_rps * saved.mean:.2f}{half}{bound}",
+            f"{one.per_thousand_s:,.0f}",
             *money,
         )
     whole_s = priced.request_cost_s.mean
     told = (
-        f"Saved by the change, measured on {priced.backends} backends at the greatest rate that keeps the target: "
+        "Saved by the change, at the peak and for 1,000 requests of the tier; measured on "
+        f"{priced.backends} backends at the greatest rate that keeps the target: "
         f"1,000 requests of the whole mix cost {1e3 * whole_s:,.0f} backend-s there"
         + ("" if price is None else f" ({1e3 * whole_s * price / 3600:,.4f} in money)")
         + ". ±: half a 95 % interval over seeds; a saving smaller than it is none."
