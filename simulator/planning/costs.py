@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from simulator.campaign.curve import Bound
 from simulator.campaign.goodput import Goodput, Judged, Search, SearchSettings, Target
 from simulator.campaign.goodput import Subject as SearchSubject
 from simulator.campaign.interval import Interval, t_interval
@@ -19,9 +18,9 @@ from simulator.planning.sizing import Curve, Forgiven, unloaded_cells
 from simulator.scenario import Cell, Workload
 
 _FIRST = (0.75, 0.95)  # rates as parts of the reference, where most policies' answers lie between
-_AROUND = (0.93, 1.07)  # of where the answer is expected once the fleet is known as it is
-_TOLERANCE = 0.16  # narrower brackets are interpolated
-_MOST_RATES = 4
+_AROUND = (0.88, 1.12)  # of where the answer is expected once the fleet is known as it is
+_TOLERANCE = 0.3  # narrower brackets are interpolated
+_MOST_RATES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,8 @@ class Saving:
     Attributes:
         tier_share: of all requests that are the tier's.
         per_request_s: backend-seconds saved for each request of any tier.
-        exact: false when a rate was not found in the range that was searched, and the number is a bound.
+        exact: false when a mean curve does not cross the target between two rates that were tried, and the number
+            is a bound.
     """
 
     tier: str
@@ -123,7 +123,7 @@ class Costs:
                 self.backends / before.rate - change.share * self.backends / after.rate
                 for before, after in zip(base.by_seed, other.by_seed, strict=True)
             ]
-            exact = base.bound is Bound.EXACT and other.bound is Bound.EXACT
+            exact = base.resolution_rps is not None and other.resolution_rps is not None
             found.append(
                 Saving(change.tier, change.relaxed_to, shares[change.tier], t_interval(per_request_s), exact)
             )

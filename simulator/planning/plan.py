@@ -10,13 +10,12 @@ from pathlib import Path
 from scheduling.tiers import Slo
 from simulator.build import kinds_of
 from simulator.campaign.address import Addresser
-from simulator.campaign.interval import Interval
 from simulator.campaign.plan import Known, Plan
 from simulator.campaign.run import CampaignResult, Pool, Progress, run_plans
 from simulator.campaign.store import Store
 from simulator.contenders import setup_for
 from simulator.outcome import CellOutcome
-from simulator.planning.costs import Change, Costs, Saving
+from simulator.planning.costs import Change, Costs
 from simulator.planning.demand import (
     Day,
     Demand,
@@ -27,8 +26,9 @@ from simulator.planning.demand import (
     reference_cost_s,
     write_rows,
 )
+from simulator.planning.result import Asked, CapacityPlan, Held, Level, PlannedWindow, Priced, Silos
 from simulator.planning.sizing import Curve, Forgiven, Judge, Runs, Sized, Subject, backends_at
-from simulator.scenario import Arrivals, Cell, Contender, FleetSpec, Form, Workload
+from simulator.scenario import Cell, Contender, Form, Workload
 from workloads.traces import TraceRequest
 
 POOL = "pool"
@@ -36,148 +36,9 @@ SILO = Contender("qoserve_silo")
 _SIMULATED_BACKENDS = 8.0  # of the reference; a greater load is scaled up from here
 _LEAST_SIMULATED = 4.0  # however long its requests stay
 _MOST_REQUESTS = 12_000  # of a run, unless that would leave fewer than those backends
-LEAST_MEASURED = 1_000
 _MOST_MEASURED = 6_000
 _MISSES = 2.0  # so many requests of the smallest tier may miss, over all seeds, at least
 _COST_BACKENDS = 4  # on which promises are priced, at least one for each tier and one more
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What is to be planned.
-
-    Attributes:
-        fleet: one kind of engine, whose count is of no account.
-        target: of all requests, and of each tier with a promise.
-        window_s: None: `default_window_s`.
-        rate_factor: so many times the trace's requests in the same time.
-        measured: requests that a run measures at least.
-        silos, costs: whether to size silos, and to price promises.
-    """
-
-    demand: Demand
-    fleet: FleetSpec
-    contender: Contender
-    target: float
-    seeds: tuple[int, ...] = (1, 2, 3)
-    window_s: float | None = None
-    rate_factor: float = 1.0
-    arrivals: Arrivals = Arrivals.POISSON
-    measured: int = LEAST_MEASURED
-    silos: bool = True
-    costs: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Backends by tier, mean over time; `pool`: of none. Empty where a policy has no tiers."""
-
-    tiers: tuple[tuple[str, float], ...]
-    pool: float
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """A load that was simulated.
-
-    Attributes:
-        attainments: by tier and for `all`, over all seeds.
-        worst: of the tier that fares worst, over seeds.
-        seeds_reached: seeds that keep the target alone.
-        one_fewer: the worst tier's attainment with one backend fewer, where that was tried.
-    """
-
-    group: int
-    rate_rps: float
-    backends: int | None
-    attainments: tuple[tuple[str, float], ...]
-    worst: Interval
-    seeds_reached: int
-    one_fewer: float | None
-    held: Held
-    tried: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedWindow:
-    """A window with its fleet. `level`: the load whose run speaks for it, the next above in its group.
-
-    Attributes:
-        backends: None where the target was not reached by any number that was tried.
-        scaled: the load is beyond what was simulated, and the answer is in proportion.
-    """
-
-    window: Window
-    backends: int | None
-    held: Held
-    level: int | None
-    scaled: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Silos:
-    """One pool a tier, at the greatest load of the day."""
-
-    backends: int | None
-    rate_rps: float
-    scale: float
-    worst: float
-
-
-@dataclass(frozen=True, slots=True)
-class Priced:
-    """What promises cost, measured on a fleet of `backends`."""
-
-    backends: int
-    request_cost_s: Interval
-    savings: tuple[Saving, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CapacityPlan:
-    """Everything that was found.
-
-    Attributes:
-        unloaded: what a fleet without load attains, by tier and for `all`, where that is below the target.
-        peak_rps: the greatest load, as a rate of its group's requests.
-        cells: all runs behind it.
-    """
-
-    asked: Asked
-    window_s: float
-    windows: tuple[PlannedWindow, ...]
-    levels: tuple[Level, ...]
-    silos: Silos | None
-    priced: Priced | None
-    unloaded: tuple[tuple[str, float], ...]
-    peak_rps: float
-    runs: Runs
-    cells: int
-    requests: int
-
-    @property
-    def reached(self) -> bool:
-        """Whether every window has a fleet that keeps the target, for every request that was asked for."""
-        spare = 1 - self.asked.target
-        possible = all(each.share <= spare for each in self.asked.demand.impossible) and not self.unloaded
-        return possible and all(one.backends is not None for one in self.windows)
-
-    @property
-    def peak(self) -> int | None:
-        """The largest fleet of the day; None when a window has none."""
-        found = [one.backends for one in self.windows]
-        return None if None in found else max((one or 0 for one in found), default=0)
-
-    @property
-    def hours(self) -> float:
-        return math.fsum(one.window.duration_s for one in self.windows) / 3600
-
-    @property
-    def backend_hours(self) -> float | None:
-        """Of a fleet that follows the plan; None when a window has none."""
-        if self.peak is None:
-            return None
-        return math.fsum((one.backends or 0) * one.window.duration_s for one in self.windows) / 3600
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ from simulator.planning.demand import (
     tiers_of_log,
     write_rows,
 )
-from simulator.planning.plan import Asked, CapacityPlan, held_of, make_plan
+from simulator.planning.plan import held_of, make_plan
+from simulator.planning.result import Asked, CapacityPlan
 from simulator.planning.sizing import Curve, Forgiven, Judge, Runs, Sized, Sizing, Subject, backends_at
 from simulator.scenario import Cell, Contender, Engines, FleetSpec, Workload
 from simulator.workload import offered

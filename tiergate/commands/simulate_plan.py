@@ -24,7 +24,8 @@ from simulator.campaign.run import CampaignResult, Failure, Pool, Silent
 from simulator.campaign.store import Store
 from simulator.campaign.workers import default_jobs
 from simulator.planning.demand import PlanningError, demand_of
-from simulator.planning.plan import LEAST_MEASURED, Asked, CapacityPlan, make_plan
+from simulator.planning.plan import make_plan
+from simulator.planning.result import LEAST_MEASURED, Asked, CapacityPlan
 from simulator.report.canvas import FiguresUnavailable, need_figures
 from simulator.scenario import Arrivals, Contender, Engines, FleetSpec
 from tiergate.commands import CommandFailed, UsageError

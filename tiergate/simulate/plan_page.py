@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from simulator.planning.plan import CapacityPlan
+from simulator.planning.result import CapacityPlan
 from simulator.report.canvas import INK, SERIES, Drawing, Panel, inline_svg
 from simulator.report.style import STYLE
 from tiergate.simulate.plan_show import LIMITS, change, clock, conditions, held_names, title, totals, warnings
@@ -102,7 +102,7 @@ def _day(plan: CapacityPlan) -> str:
         attained = dict(plan.levels[one.level].attainments) if one.level is not None else {}
         rows.append(
             (
-                clock(one.window.start_s),
+                clock(one.window.start_s, plan.window_s),
                 f"{one.window.rate_rps:.4g}",
                 "none found" if one.backends is None else f"{one.backends}{' (scaled)' if one.scaled else ''}",
                 *(f"{own.get(name, 0.0):.1f}" for name in names),

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from profiles.catalogue import load
 from simulator.planning.costs import Saving
-from simulator.planning.plan import CapacityPlan, Held, Level, PlannedWindow, Priced
+from simulator.planning.result import CapacityPlan, Held, Level, PlannedWindow, Priced
 from simulator.planning.sizing import ALL
 from simulator.report import formats
 
-_MOST_TIERS = 5  # beside each other in one table
+_MOST_TIERS = 4  # beside each other in one table
 _NAME = 8  # letters of a tier's name in a heading
 LIMITS = (
     "Every number is simulated: engines are a model whose step times come from the profile. The network, failures "
@@ -28,11 +28,11 @@ LIMITS = (
 )
 
 
-def clock(seconds: float) -> str:
-    """`09:15`, with the day before it where there are several: `2+09:15`."""
-    minutes = round(seconds / 60)
-    days, rest = divmod(minutes, 24 * 60)
-    return f"{f'{days}+' if days else ''}{rest // 60:02}:{rest % 60:02}"
+def clock(start_s: float, window_s: float) -> str:
+    """`09:15`, with the day before it after the first, `2+09:15`, and with seconds where windows are short."""
+    days, rest = divmod(round(start_s), 86_400)
+    told = f"{f'{days}+' if days else ''}{rest // 3600:02}:{rest // 60 % 60:02}"
+    return told if window_s % 60 == 0 else f"{told}:{rest % 60:02}"
 
 
 def title(plan: CapacityPlan) -> str:
@@ -140,21 +140,21 @@ def _day(plan: CapacityPlan) -> list[RenderableType]:
         last = number == len(groups) - 1
         heads = [name[:_NAME] for name in group]
         table = _table(
-            "Backends over the day (by tier: mean held)" if number == 0 else "",
-            ["from", "req/s", "backends", *heads, *(["pool", "worst %"] if last else [])],
+            "Backends over the day" if number == 0 else "",
+            ["from", "req/s", "load", "fleet", *heads, *(["pool", "worst"] if last else [])],
         )
         for one in plan.windows:
             own = dict(one.held.tiers)
             cells = [formats.NOTHING if not one.backends else f"{own.get(name, 0.0):.1f}" for name in group]
             ends = [_pool(one.held, names), _worst(plan, one)] if last else []
-            table.add_row(*_window(one), *cells, *ends)
+            table.add_row(*_window(one, plan.window_s), *cells, *ends)
         parts.append(table)
     return parts
 
 
-def _window(one: PlannedWindow) -> tuple[str, str, str]:
+def _window(one: PlannedWindow, window_s: float) -> tuple[str, ...]:
     backends = "none" if one.backends is None else f"{one.backends}{'*' if one.scaled else ''}"
-    return clock(one.window.start_s), f"{one.window.rate_rps:.3g}", backends
+    return clock(one.window.start_s, window_s), f"{one.window.rate_rps:.3g}", f"{one.window.load:.2f}", backends
 
 
 def _pool(held: Held, names: Sequence[str]) -> str:
@@ -186,8 +186,10 @@ def _simulated(plan: CapacityPlan) -> RenderableType:
             _hundred(level.one_fewer),
         )
     told = (
-        "worst %: of the tier that fares worst at the next simulated load above. seeds: how many keep the target "
-        "alone. 1 fewer: the worst tier with one backend fewer."
+        "load: backends the tier-packed reference would need. fleet: backends planned, then by tier those it "
+        "held, mean over time. worst: attainment in % of the tier that fares worst at the next simulated load "
+        "above. seeds: how many keep the target alone. 1 fewer: the worst tier with one backend fewer, "
+        "without the misses that a fleet without load has too."
     )
     scaled = (
         " *: beyond the greatest simulated load, in proportion." if any(one.scaled for one in plan.windows) else ""
@@ -212,11 +214,11 @@ def totals(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
     lines = [
         "",
         (
-            f"Peak {peak} backends, mean {hours / whole:.2f}, {hours:.1f} backend-hours in {_span(3600 * whole)}"
+            f"Peak {peak} backends, mean {hours / whole:.2f}, {hours:.3g} backend-hours in {_span(3600 * whole)}"
             f"{money(hours)}."
         ),
         (
-            f"A static fleet of the peak's size: {peak * whole:.1f} backend-hours{money(peak * whole)}"
+            f"A static fleet of the peak's size: {peak * whole:.3g} backend-hours{money(peak * whole)}"
             f"{_more(peak * whole, hours)}."
         ),
     ]
@@ -224,7 +226,7 @@ def totals(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
     if silos is not None and silos.backends is not None:
         most = silos.backends * whole
         lines.append(
-            f"Silos, one pool a tier: {silos.backends} backends at the peak, static {most:.1f} backend-hours"
+            f"Silos, one pool a tier: {silos.backends} backends at the peak, static {most:.3g} backend-hours"
             f"{money(most)}{_more(most, hours)}."
         )
     elif silos is not None:
