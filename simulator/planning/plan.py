@@ -109,7 +109,7 @@ def _prepare(asked: Asked, folder: Path) -> _Prepared:
     silo = None
     if asked.silos and asked.contender != SILO and setup_for(asked.contender).form is Form.COLOCATED:
         subject = replace(top.subject, contender=SILO, least=len(demand.tiers))
-        silo = replace(top, subject=subject, rates_rps=top.rates_rps[-1:])
+        silo = replace(top, subject=subject, rates_rps=top.rates_rps[-1:], more=len(demand.tiers) - 1)
     costs = _costs(asked, day, peak, top, folder) if asked.costs else None
     return _Prepared(day, window_s, tuple(curves), silo, costs, runs)
 

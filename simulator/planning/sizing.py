@@ -265,6 +265,7 @@ class Curve:
         backends_per_rps: of the tier-packed reference.
         yardstick: whose fleet without load tells what can be reached.
         most_levels: loads that are simulated at most.
+        more: backends added to the first guess, for a policy that packs less well.
     """
 
     subject: Subject
@@ -273,6 +274,7 @@ class Curve:
     runs: Runs
     yardstick: Contender
     most_levels: int = 4
+    more: int = 0
 
     def wanted(self, known: Known) -> tuple[Cell, ...]:
         unloaded = missing(self.unloaded, known)
@@ -339,7 +341,7 @@ class Curve:
             nearest = min(answered, key=lambda one: abs(one.rate_rps - rate_rps))
             guess = math.ceil((nearest.backends or 1) * rate_rps / nearest.rate_rps - 1e-9)
         else:
-            guess = math.ceil(MARGIN * self.backends_per_rps * rate_rps)
+            guess = math.ceil(MARGIN * self.backends_per_rps * rate_rps) + self.more
         return Sizing(self.subject, rate_rps, self.length, max(guess, self.subject.least))
 
     def _further(self, solved: Sequence[Sized]) -> list[float]:

@@ -183,7 +183,7 @@ def _simulated(plan: CapacityPlan) -> RenderableType:
             _hundred(own.get(ALL)),
             *(_hundred(own.get(name)) for name in promised),
             f"{level.seeds_reached}/{level.worst.count}",
-            _hundred(level.one_fewer),
+            formats.NOTHING if level.one_fewer is None else f"{100 * level.one_fewer:.2f}",
         )
     told = (
         "load: backends the tier-packed reference would need. fleet: backends planned, then by tier those it "
@@ -209,7 +209,7 @@ def totals(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
     whole = plan.hours
 
     def money(backend_hours: float) -> str:
-        return "" if price is None else f", {backend_hours * price:,.2f} in money"
+        return "" if price is None else f", costs {backend_hours * price:,.2f}"
 
     lines = [
         "",
@@ -258,7 +258,7 @@ def _costs(plan: CapacityPlan, priced: Priced, price: float | None) -> Renderabl
         "Saved by the change, at the peak and for 1,000 requests of the tier; measured on "
         f"{priced.backends} backends at the greatest rate that keeps the target: "
         f"1,000 requests of the whole mix cost {1e3 * whole_s:,.0f} backend-s there"
-        + ("" if price is None else f" ({1e3 * whole_s * price / 3600:,.4f} in money)")
+        + ("" if price is None else f" ({1e3 * whole_s * price / 3600:,.4f} of money)")
         + ". ±: half a 95 % interval over seeds; a saving smaller than it is none."
     )
     return Group(table, Text(told))
