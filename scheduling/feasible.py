@@ -168,9 +168,9 @@ def limits_for(ledger: Ledger, ask: Ask, judged: Judgement) -> Limits:
     request = ask.request
     seqs = request.sequences
     kv_each = max(int((request.prompt_tokens + ask.output_tokens) * seqs), 1)
-    base_decodes = ledger.stored_decodes + ledger.foreign.decodes + seqs
-    base_kv = ledger.stored_kv_tokens + ledger.foreign.peak_kv_tokens + kv_each
-    base_prefill = ledger.stored_prefill_tokens + ledger.foreign.queued_prefill_tokens
+    base_decodes = ledger.stored.decodes + ledger.foreign.decodes + seqs
+    base_kv = ledger.stored.kv_tokens + ledger.foreign.peak_kv_tokens + kv_each
+    base_prefill = ledger.stored.prefill_tokens + ledger.foreign.queued_prefill_tokens
     base_prefill += (request.prompt_tokens - request.cached_tokens) * seqs
     more = _room(ledger, judged, kv_each, seqs)
     prefill = judged.prefill

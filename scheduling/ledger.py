@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from scheduling.backends import Backend
 from scheduling.growth import GrowthCurve
 from scheduling.load import LoadVector
-from scheduling.residents import Resident
+from scheduling.residents import RECOUNT_TOKENS, Resident
+from scheduling.stored import Stored
 from tiergate_engine.step import Step
 
 SLACK_RESERVE = 1.0
@@ -66,7 +67,6 @@ class Ledger:
         "prefill_since_s",
         "prefill_work",
         "prefill_work_s",
-        "published_s",
         "queued",
         "queued_prefill_tokens",
         "queued_slack_floor",
@@ -74,9 +74,7 @@ class Ledger:
         "seqs",
         "slack_floor",
         "step_s",
-        "stored_decodes",
-        "stored_kv_tokens",
-        "stored_prefill_tokens",
+        "stored",
         "tier",
         "tightest_tpot_s",
     )
@@ -97,8 +95,7 @@ class Ledger:
         self.prefill_since_s = -math.inf
         self.prefill_work = 0.0
         self.prefill_work_s = 0.0
-        self.stored_decodes = self.stored_kv_tokens = self.stored_prefill_tokens = 0
-        self.published_s = -math.inf
+        self.stored = Stored()
         self.load = 0.0
         self._unstreamed = 0
         self._growth = GrowthCurve()
@@ -135,9 +132,7 @@ class Ledger:
         first = not self.residents
         self.residents[resident.lease_id] = resident
         self._unstreamed += not resident.request.streamed
-        self.stored_decodes += resident.cost.decodes
-        self.stored_kv_tokens += resident.cost.peak_kv_tokens
-        self.stored_prefill_tokens += resident.cost.prefill_tokens
+        self.stored.add(resident.cost)
         if first or self._unstreamed:
             self.refresh(now_s)
         else:
@@ -147,7 +142,7 @@ class Ledger:
         resident = self.residents.pop(lease_id, None)
         if resident is None:
             return None
-        self._unstore(resident)
+        self.stored.take(resident.cost, resident.placed_s)
         if not resident.first_token:
             self.prefill_since_s = now_s  # whose prompt the engine had been at is not known
         if not self.residents or self._unstreamed:
@@ -157,22 +152,10 @@ class Ledger:
             self._subtract(resident)
         return resident
 
-    def _unstore(self, gone: Resident) -> None:
-        """What the store counts after this end (`state.contract.Store.release`): of those that a publish has seen,
-        how much of the prompt is still queued is told by the next one."""
-        cost = gone.cost
-        self.stored_decodes = max(self.stored_decodes - cost.decodes, 0)
-        self.stored_kv_tokens = max(self.stored_kv_tokens - cost.peak_kv_tokens, 0)
-        if gone.placed_s > self.published_s:
-            self.stored_prefill_tokens = max(self.stored_prefill_tokens - cost.prefill_tokens, 0)
-
     def publish(self, now_s: float) -> LoadVector:
         """What this replica carries here, for the store: from then on it counts this in place of single costs."""
         own = self.own_load()
-        self.stored_decodes = own.decodes
-        self.stored_kv_tokens = own.peak_kv_tokens
-        self.stored_prefill_tokens = own.queued_prefill_tokens
-        self.published_s = now_s
+        self.stored.publish(own, now_s)
         return own
 
     def _subtract(self, resident: Resident) -> None:
@@ -279,6 +262,7 @@ class Ledger:
         self.peak_after_tokens = math.inf
         self.floor_s = self.backend.step_time.decode_seconds(self.seqs + 1, self.peak_kv_tokens)
         self._newcomer = resident
+        self._growth.enter(resident)
 
     def _take_newcomer_in(self) -> None:
         """The growth curve with the one resident that is not in it yet, without sorting it anew."""
@@ -293,7 +277,14 @@ class Ledger:
         if not self.residents:
             self._clear_sums()
             return
-        slack, queued_slack = dict[float, float](), dict[float, float]()
+        self._walk(now_s)
+        self._newcomer = None
+        self._growth.draw(self.residents.values(), self.foreign.peak_kv_tokens)
+        self._read_growth()
+
+    def _walk(self, now_s: float) -> None:
+        """The sums and slack floors, from every resident."""
+        slack = dict[float, float]()
         decodes = decode_kv_tokens = 0
         infinity = tightest_s = math.inf
         waiting: list[Resident] = []
@@ -317,6 +308,14 @@ class Ledger:
                 tightest_s = tpot_s
             if left_s < slack.get(tpot_s, infinity):
                 slack[tpot_s] = left_s
+        self.slack_floor = tuple(slack.items())
+        self.tightest_tpot_s = min(tightest_s, self._walk_queued(waiting, now_s))
+        self._sum_up(decodes, decode_kv_tokens, waiting)
+
+    def _walk_queued(self, waiting: list[Resident], now_s: float) -> float:
+        """The slack floor of those whose prompts are queued; their tightest pace."""
+        slack = dict[float, float]()
+        tightest_s = math.inf
         for resident in waiting:
             if resident.lost:
                 continue
@@ -324,18 +323,11 @@ class Ledger:
             if left_s < 0.0 and resident.request.streamed:
                 resident.lost = True
                 continue
-            tpot_s = resident.tpot_s
-            if tpot_s < tightest_s:
-                tightest_s = tpot_s
-            if left_s < queued_slack.get(tpot_s, infinity):
-                queued_slack[tpot_s] = left_s
-        self.tightest_tpot_s = tightest_s
-        self.slack_floor = tuple(slack.items())
-        self.queued_slack_floor = tuple(queued_slack.items())
-        self._sum_up(decodes, decode_kv_tokens, waiting)
-        self._newcomer = None
-        self._growth.draw(self.residents.values(), self.foreign.peak_kv_tokens)
-        self._read_growth()
+            tightest_s = min(tightest_s, resident.tpot_s)
+            if left_s < slack.get(resident.tpot_s, math.inf):
+                slack[resident.tpot_s] = left_s
+        self.queued_slack_floor = tuple(slack.items())
+        return tightest_s
 
     def _sum_up(self, decodes: int, decode_kv_tokens: int, waiting: list[Resident]) -> None:
         """The sums, of those who decode and those whose prompts are queued."""
@@ -352,11 +344,20 @@ class Ledger:
     def progressed(self, progress: Sequence[tuple[str, int]], now_s: float) -> None:
         """Streams were at so many tokens, by lease."""
         find = self.residents.get
+        made = decodes = 0
         for lease_id, tokens in progress:
             resident = find(lease_id)
             if resident is not None and resident.first_token:
+                made += tokens - resident.generated_tokens
+                decodes += 1
                 resident.advance(tokens, now_s)
-        self.refresh(now_s)
+        self._take_newcomer_in()
+        drift = self._growth.shift(made / decodes) if decodes else 0.0
+        if drift >= RECOUNT_TOKENS or self._unstreamed or not self.residents:
+            self.refresh(now_s)
+        else:
+            self._walk(now_s)
+            self._read_growth()
 
     def _forget_steps(self) -> None:
         """The sums have changed; what follows from them is reckoned when it is asked for."""

@@ -61,7 +61,7 @@ class Resident:
         self.first_due_s = request.slo.deadline_s(request.arrival_s, 0)
         self.due_s = self.first_due_s  # of its next token
         self.recount_at_tokens = 0
-        self.drawn_kv_tokens = self.kv_tokens  # as the growth curve has it
+        self.drawn_kv_tokens = float(self.kv_tokens)  # as the growth curve has it
         self.drawn_remaining_tokens = self.remaining_tokens
 
     def advance(self, generated_tokens: int, seen_s: float) -> None:

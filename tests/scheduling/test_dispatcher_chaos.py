@@ -162,7 +162,7 @@ class World:
             assert ledger.seqs >= foreign.decodes
             assert ledger.peak_kv_tokens >= foreign.peak_kv_tokens
             assert ledger.queued_prefill_tokens >= foreign.queued_prefill_tokens
-            assert min(ledger.stored_decodes, ledger.stored_kv_tokens, ledger.stored_prefill_tokens) >= 0
+            assert min(ledger.stored.decodes, ledger.stored.kv_tokens, ledger.stored.prefill_tokens) >= 0
             assert math.isfinite(ledger.load)
             assert ledger.seqs == foreign.decodes + sum(r.sequences for r in ledger.residents.values())
             assert not ledger.residents or min(ledger.own_load().residents.values()) > 0
@@ -214,7 +214,7 @@ class World:
             assert self.released[lease_id] == 1, lease_id
         for ledger in self.dispatcher.fleet:
             assert ledger.own_load().idle
-            assert (ledger.stored_decodes, ledger.stored_kv_tokens, ledger.stored_prefill_tokens) == (0, 0, 0)
+            assert (ledger.stored.decodes, ledger.stored.kv_tokens, ledger.stored.prefill_tokens) == (0, 0, 0)
 
     def replay(self, policy: Policy) -> None:
         """The same events at the same times ask for the same actions."""

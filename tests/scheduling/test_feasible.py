@@ -320,11 +320,11 @@ def test_any_load_inside_the_box_keeps_the_steady_pace(
     assert judged.peak_kv_tokens is not None
     box = limits_for(ledger, ask, judged)
     cost = cost_of(asked, ask.output_tokens)
-    base_decodes = ledger.stored_decodes + ledger.foreign.decodes + cost.decodes
-    base_kv = ledger.stored_kv_tokens + ledger.foreign.peak_kv_tokens + cost.peak_kv_tokens
+    base_decodes = ledger.stored.decodes + ledger.foreign.decodes + cost.decodes
+    base_kv = ledger.stored.kv_tokens + ledger.foreign.peak_kv_tokens + cost.peak_kv_tokens
     assert base_decodes <= box.decodes, "the placement itself is inside"
     assert base_kv <= box.peak_kv_tokens
-    assert ledger.stored_prefill_tokens + cost.prefill_tokens <= box.queued_prefill_tokens
+    assert ledger.stored.prefill_tokens + cost.prefill_tokens <= box.queued_prefill_tokens
     more = rng.randint(0, box.decodes - base_decodes), rng.randint(0, box.peak_kv_tokens - base_kv)
     seqs, kv = ledger.seqs + 1 + more[0], judged.peak_kv_tokens + more[1]
     assert PROFILE.step_time.decode_seconds(seqs, kv) * margin <= host_s + 1e-9
