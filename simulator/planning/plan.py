@@ -32,7 +32,9 @@ from simulator.scenario import Cell, Contender, Form, Workload
 from workloads.traces import TraceRequest
 
 POOL = "pool"
+PREFILL = "prefill"
 SILO = Contender("qoserve_silo")
+_NEGLIGIBLE = 0.05  # backends
 _SIMULATED_BACKENDS = 8.0  # of the reference; a greater load is scaled up from here
 _LEAST_SIMULATED = 4.0  # however long its requests stay
 _MOST_REQUESTS = 12_000  # of a run, unless that would leave fewer than those backends
@@ -281,7 +283,10 @@ def held_of(cells: Sequence[Cell], outcomes: Sequence[CellOutcome]) -> Held:
     names = [tier.tier for tier in outcomes[0].tiers] if outcomes else []
     kept = tuple((name, sums[name] / count) for name in names if name in sums)
     others = math.fsum(value for name, value in sums.items() if name not in tiers) / max(count, 1)
-    return Held(kept, pool + others)
+    held = Held(kept, pool + others)
+    # Samples of a disaggregated fleet are of its decode half.
+    rest = cells[0].fleet.backends - held.pool - math.fsum(value for _, value in kept) if count else 0.0
+    return replace(held, tiers=(*kept, (PREFILL, rest))) if rest > _NEGLIGIBLE else held
 
 
 def _window(

@@ -319,6 +319,8 @@ def test_the_split_by_tier_is_the_mean_over_the_measured_window() -> None:
     held = held_of([cell], [outcome(1.0, 1.0, samples)])
     assert held.tiers == (("tight", 1.5), ("loose", 2.0))
     assert held.pool == 0.5
+    six = replace(cell, fleet=replace(FLEET, engines=(Engines(PROFILE, 6),)))
+    assert held_of([six], [outcome(1.0, 1.0, samples)]).tiers[-1] == ("prefill", 2.0)
 
 
 # --- whole plans, really simulated ---------------------------------------------------------------------------

@@ -129,7 +129,8 @@ def _table(heading: str, columns: Sequence[str]) -> Table:
 def held_names(plan: CapacityPlan) -> tuple[str, ...]:
     """The tiers that held backends at any time; none for a policy without tiers."""
     held = {name for level in plan.levels for name, _ in level.held.tiers}
-    return tuple(tier.name for tier in plan.asked.demand.tiers if tier.name in held)
+    own = (tier.name for tier in plan.asked.demand.tiers)
+    return tuple(name for name in dict.fromkeys([*own, *sorted(held)]) if name in held)
 
 
 def _day(plan: CapacityPlan) -> list[RenderableType]:
@@ -214,7 +215,7 @@ def totals(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
     lines = [
         "",
         (
-            f"Peak {peak} backends, mean {hours / whole:.2f}, {hours:.3g} backend-hours in {_span(3600 * whole)}"
+            f"Peak {peak} {'backend' if peak == 1 else 'backends'}, mean {hours / whole:.2f}, {hours:.3g} backend-hours in {_span(3600 * whole)}"
             f"{money(hours)}."
         ),
         (
