@@ -215,7 +215,8 @@ def totals(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
     lines = [
         "",
         (
-            f"Peak {peak} {'backend' if peak == 1 else 'backends'}, mean {hours / whole:.2f}, {hours:.3g} backend-hours in {_span(3600 * whole)}"
+            f"Peak {peak} {'backend' if peak == 1 else 'backends'}, mean {hours / whole:.2f}, {hours:.3g} backend-hours "
+            f"in {_span(3600 * whole)}"
             f"{money(hours)}."
         ),
         (
