@@ -76,7 +76,8 @@ def _compile(work: Path) -> None:
         raise NotBuilt(str(error)) from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise NotBuilt(said[-1] if said else f"exit status {done.returncode}")
+        wrong = [line for line in said if "error" in line.lower()] or said
+        raise NotBuilt(wrong[0] if wrong else f"exit status {done.returncode}")
 
 
 def _sources() -> list[Path]:

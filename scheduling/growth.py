@@ -57,7 +57,7 @@ class GrowthCurve:
         order = sorted(residents, key=_BY_REMAINING)
         for resident in order:
             resident.drawn_remaining_tokens = resident.remaining_tokens
-            resident.drawn_kv_tokens = resident.kv_tokens
+            resident.drawn_kv_tokens = float(resident.kv_tokens)
         falling = order[::-1]
         suffix_kv = list(accumulate([r.kv_tokens for r in falling], initial=float(foreign_tokens)))
         suffix_seqs = list(accumulate([r.sequences for r in falling], initial=0))
