@@ -215,9 +215,8 @@ def totals(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
     lines = [
         "",
         (
-            f"Peak {peak} {'backend' if peak == 1 else 'backends'}, mean {hours / whole:.2f}, {hours:.3g} backend-hours "
-            f"in {_span(3600 * whole)}"
-            f"{money(hours)}."
+            f"Peak {peak} {'backend' if peak == 1 else 'backends'}, mean {hours / whole:.2f}, "
+            f"{hours:.3g} backend-hours in {_span(3600 * whole)}{money(hours)}."
         ),
         (
             f"A static fleet of the peak's size: {peak * whole:.3g} backend-hours{money(peak * whole)}"
