@@ -124,8 +124,9 @@ class DisaggregatedFleet:
         sent_s = max(self._free_s[engine], self.agenda.now_s) + self._link.seconds(request.prompt_tokens)
         self._free_s[engine] = sent_s
         slo = request.slo
-        second = None if slo.ttft_s is None else slo.ttft_s + (slo.tpot_s or 0.0)
-        asked = replace(request, slo=Slo(second, slo.tpot_s), cached_tokens=request.prompt_tokens)
+        # without a pace, nothing behind the first token is due
+        second_s = None if slo.ttft_s is None or slo.tpot_s is None else slo.ttft_s + slo.tpot_s
+        asked = replace(request, slo=Slo(second_s, slo.tpot_s), cached_tokens=request.prompt_tokens)
         if request.expected_output_tokens is not None:
             asked = replace(asked, expected_output_tokens=max(request.expected_output_tokens - 1, 1))
         rest = replace(whole, request=asked, output_tokens=whole.output_tokens - 1, prefix_blocks=())
@@ -134,13 +135,12 @@ class DisaggregatedFleet:
     def _decoded(self, served: Served) -> None:
         request_id = served.sim.request.request_id
         first, whole = self._first.pop(request_id), self._whole[request_id]
-        times = served.times
+        times, request = served.times, whole.request
         if times is not None and first.times is not None:
             slack_s = times.slack_s
-            if slack_s is not None and whole.request.slo.ttft_s is not None and first.times.first_s is not None:
-                slack_s = min(
-                    slack_s, whole.request.slo.deadline_s(whole.request.arrival_s, 0) - first.times.first_s
-                )
+            if request.slo.ttft_s is not None and first.times.first_s is not None:
+                first_slack_s = request.slo.deadline_s(request.arrival_s, 0) - first.times.first_s
+                slack_s = first_slack_s if slack_s is None else min(slack_s, first_slack_s)
             times = StreamTimes(times.tokens + 1, first.times.first_s, times.last_s, slack_s)
         self._end(
             replace(

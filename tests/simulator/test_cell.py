@@ -90,6 +90,18 @@ def test_sending_kv_takes_time() -> None:
     assert attained[1] < 0.1
 
 
+def test_without_a_pace_nothing_behind_the_first_token_is_late() -> None:
+    """KV that is on its way for seconds delays the second token only, which nobody promised."""
+    slow = cell("minimal_pd", 20.0)
+    first_only = (TierShare("first", Slo(1.0, None), 1.0),)
+    slow = replace(
+        slow,
+        workload=replace(slow.workload, tiers=first_only),
+        fleet=replace(slow.fleet, transfer_bytes_per_s=2e7),
+    )
+    assert run_cell(slow).overall.attainment == 1.0
+
+
 def test_a_greater_fixed_part_of_a_step_serves_less() -> None:
     quick = cell("minimal", 55.0)
     slow = replace(quick, fleet=FleetSpec((Engines(H200, 3, step_floor_s=0.012),)))
