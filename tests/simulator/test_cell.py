@@ -97,7 +97,7 @@ def test_without_a_pace_nothing_behind_the_first_token_is_late() -> None:
     slow = replace(
         slow,
         workload=replace(slow.workload, tiers=first_only),
-        fleet=replace(slow.fleet, transfer_bytes_per_s=2e7),
+        fleet=replace(slow.fleet, transfer_bytes_per_s=2e7, prefill_backends=1),
     )
     assert run_cell(slow).overall.attainment == 1.0
 
