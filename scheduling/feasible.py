@@ -118,7 +118,8 @@ def _wait_verdict(ledger: Ledger, ask: Ask, prefill: Prefill, now_s: float, chec
         return Verdict.SECOND_TOKEN
     if backend.dynamic_chunk:
         # its steps keep the pace of everybody on board, so no prompt makes a resident late
-        if checks.chunk_kept and checks.first_token and not _chunk_lasts(prefill, margin, ask.ttft_due_s - now_s):
+        asked = checks.chunk_kept and checks.first_token and ledger.seqs
+        if asked and not _chunk_lasts(prefill, margin, ask.ttft_due_s - now_s):
             return Verdict.CHUNK
     elif checks.resident_slack and not residents_keep_pace(ledger, prefill):
         return Verdict.RESIDENT_SLACK
@@ -128,7 +129,9 @@ def _wait_verdict(ledger: Ledger, ask: Ask, prefill: Prefill, now_s: float, chec
 def _chunk_lasts(prefill: Prefill, margin: float, left_s: float) -> bool:
     """Whether the least chunk on the way, were every step to carry no more, still makes the first token in time.
 
-    PolyServe §4.7 admits only "if the predicted chunk size can be maintained throughout the prefill process".
+    PolyServe §4.7 admits only "if the predicted chunk size can be maintained throughout the prefill process" and
+    else looks "for other lower-load machines". So it is not asked of an idle engine: no machine has a lower load,
+    and a long prompt that even an idle one serves in smaller and smaller chunks would be refused for nothing.
     """
     if prefill.steps <= 1 or math.isinf(left_s):
         return True

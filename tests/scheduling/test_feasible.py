@@ -215,6 +215,16 @@ def test_a_chunk_has_to_last_on_a_driven_engine() -> None:
     assert seen[1.5, True] is seen[1.5, False] is Verdict.FEASIBLE
 
 
+def test_a_chunk_need_not_last_on_an_idle_engine() -> None:
+    """There is none with a lower load, and it serves the prompt in time in chunks that shrink with the context."""
+    slowing = RooflineStepTime(c0_s=0.010, per_token_s=0.0001, per_context_s=4e-6)
+    ledger = Ledger(backend(dynamic_chunk=True, step_time=slowing))
+    alone = walk_prefill(ledger, request("a", prompt_tokens=4000), 0.0, 0.05)
+    assert alone.tokens > alone.steps * alone.least_chunk_tokens
+    asked = ask_for(request("a", prompt_tokens=4000, slo=Slo(alone.service_s * 1.02, 0.05)))
+    assert judge(ledger, asked, 0.05, 0.0, only(chunk_kept=True)).feasible
+
+
 def test_how_kv_is_taken_to_grow() -> None:
     """Ten residents with 100 tokens each that have 50 to come; the newcomer brings 100 and has 50 to come."""
     ledger = Ledger(backend())
