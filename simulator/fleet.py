@@ -83,7 +83,6 @@ class SimFleet:
         }
         self._watches: dict[str, Watch] = {}  # of backends that will fail
         self._dealt = 0
-        self._unended = 0
         self._unended_measured = 0
         for replica in self.replicas:
             replica.join_store()
@@ -131,7 +130,6 @@ class SimFleet:
 
     def arrive(self, sim: SimRequest) -> None:
         """A request comes to the next replica in turn."""
-        self._unended += 1
         self._unended_measured += sim.measured
         replica = self.replicas[self._dealt % len(self.replicas)]
         self._dealt += 1
@@ -232,7 +230,6 @@ class SimFleet:
 
     def ended(self, served: Served) -> None:
         """A request came to its end."""
-        self._unended -= 1
         self._unended_measured -= served.sim.measured
         self.served.append(served)
         if self._on_end is not None:
