@@ -29,7 +29,7 @@ from simulator.build import (
 )
 from simulator.contenders import setup_for
 from simulator.disagg import DisaggregatedFleet, Half, Link, prefill_tiers
-from simulator.fleet import FleetOptions, SimFleet
+from simulator.fleet import PROGRESS_PERIOD_S, FleetOptions, SimFleet
 from simulator.outcome import CellOutcome, TierOutcome, Timing
 from simulator.reference import needs_of, reference
 from simulator.requests import SimRequest
@@ -40,7 +40,7 @@ from simulator.workload import MODEL, Offered, offered, tier_set
 from workloads.traces import Trace, named_trace
 
 SAMPLES = 200
-"""How many times in a run the gradient is written down."""
+"""How many times the gradient is written down while requests arrive; at most as often as progress is told."""
 PREFILL_STEP_TOKENS = 1024
 """Token budget of an engine that only prefills: a prompt's token comes at the end of a step, so a large step makes
 everybody in it wait, while a small one wastes little (its fixed part is a few per cent)."""
@@ -119,7 +119,7 @@ def _fleet(cell: Cell, kinds: list[Kind], setup: Setup, tiers: TierSet, requests
         view_age_s=spec.view_age_s,
         startup_s=spec.startup_s,
         faults=spec.faults,
-        sample_s=cell.requests / cell.rate_rps / SAMPLES,
+        sample_s=max(cell.requests / cell.rate_rps / SAMPLES, PROGRESS_PERIOD_S),
         time_decisions=True,
     )
     mean_tokens = requests.mean_output_tokens
@@ -179,7 +179,12 @@ def prefill_backends(spec: FleetSpec, kinds: list[Kind], requests: Offered) -> i
         return spec.prefill_backends
     if most < 1:
         raise ValueError("backends: a disaggregated fleet needs at least two")
-    needs = needs_of(islice(requests, _SPLIT_REQUESTS), prefix_caching=spec.prefix_caching)
+    try:
+        needs = needs_of(islice(requests, _SPLIT_REQUESTS), prefix_caching=spec.prefix_caching)
+    except ValueError as error:
+        raise ValueError(
+            f"prefill_backends: the costs do not say how to split the fleet, set it ({error})"
+        ) from None
     apart = reference(kinds[0].step_time, kinds[0].limits, needs, Form.DISAGGREGATED)
     return apart.prefill_backends(len(kinds))
 

@@ -102,6 +102,12 @@ def test_without_a_pace_nothing_behind_the_first_token_is_late() -> None:
     assert run_cell(slow).overall.attainment == 1.0
 
 
+def test_a_burst_is_not_sampled_for_ever() -> None:
+    """All requests at once: the fleet is looked at as often as progress is told, however long it drains."""
+    outcome = run_cell(cell("random", 1e6, refusal=False))
+    assert 10 < len(outcome.samples) < 1 + outcome.ended_s / 0.05 + 1
+
+
 def test_a_greater_fixed_part_of_a_step_serves_less() -> None:
     quick = cell("minimal", 55.0)
     slow = replace(quick, fleet=FleetSpec((Engines(H200, 3, step_floor_s=0.012),)))
@@ -163,6 +169,13 @@ def test_prefixes_are_found_in_the_cache() -> None:
 def test_a_wrong_cell_is_named(changes: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run_cell(replace(cell("minimal"), **changes))  # type: ignore[arg-type]  # a test's shorthand
+
+
+def test_without_a_pace_a_split_has_to_be_told() -> None:
+    first_only = (TierShare("first", Slo(1.0, None), 1.0),)
+    unsplit = cell("minimal_pd", 20.0)
+    with pytest.raises(ValueError, match=r"prefill_backends: .* set it"):
+        run_cell(replace(unsplit, workload=replace(unsplit.workload, tiers=first_only)))
 
 
 def test_a_disaggregated_fleet_needs_two_halves() -> None:

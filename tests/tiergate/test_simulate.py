@@ -173,6 +173,13 @@ def test_the_list_names_traces_profiles_and_policies(capsys: pytest.CaptureFixtu
         (("--fault", "slow:backend=1,from=0,for=1,factor=0.5"), "factor at least 1"),
         (("--fault", "down:backend=x,from=0,for=1"), "has something that is no number"),
         (("--rate", "0"), "--rate: must be above 0, not 0"),
+        (("--rate", "1e-9"), "--rate: must be at least 0.0001 requests/s, not 1e-09"),
+        (("--rate", "1e300"), "--rate: must be at most 1e+09, not 1e300"),
+        (("--requests", "9" * 30), "--requests: must be at most 1e+09"),
+        (
+            ("--fault", "down:backend=0,from=0,for=inf"),
+            "from and for are at most 1e+06 s and factor at most 10000",
+        ),
         (("--rate", "1", "--sweep", "1"), "--sweep: leave out this or --rate"),
         (("--tiers", "a=1:500/-"), "--rate: is needed: no tier has a TPOT"),
         (("--requests", "0"), "--requests: must be at least 1, not 0"),

@@ -30,7 +30,7 @@ from simulator.report.canvas import FiguresUnavailable, need_figures
 from simulator.scenario import Arrivals, Contender, Engines, FleetSpec
 from tiergate.commands import CommandFailed, UsageError
 from tiergate.commands.bench import read_mix
-from tiergate.simulate.options import Given, Options
+from tiergate.simulate.options import MOST, Given, Options
 from tiergate.simulate.plan_show import answer, plan_json, write_files
 from tiergate.simulate.scenario import contender
 from workloads.mix import TierShare, WorkloadError
@@ -208,6 +208,8 @@ def _number(text: str, where: str, *, zero: bool = False) -> float:
         raise UsageError(f"{where}: must be a number, not {text!r}") from None
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise UsageError(f"{where}: must be {'at least' if zero else 'above'} 0, not {text}")
+    if value > MOST:
+        raise UsageError(f"{where}: must be at most {MOST:g}, not {text}")
     return value
 
 

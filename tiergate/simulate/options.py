@@ -12,6 +12,9 @@ import yaml
 
 from tiergate.commands import UsageError
 
+MOST = 1e9
+"""The greatest number that an option takes; beyond it stand typing errors."""
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
@@ -58,7 +61,7 @@ class Options:
         return text.lower() in {"true", "yes"}
 
     def number(self, name: str, least: float = 0.0) -> float | None:
-        """A finite number of at least `least`; None when there is none. Raises UsageError."""
+        """A number of at least `least`, at most `MOST`; None when there is none. Raises UsageError."""
         text = self.text(name)
         return None if text is None else self._number(name, text, least)
 
@@ -75,8 +78,9 @@ class Options:
             value = int(text)
         except ValueError:
             raise self.wrong(name, f"must be a whole number, not {text!r}") from None
-        if value < least:
-            raise self.wrong(name, f"must be at least {least}, not {value}")
+        if not least <= value <= MOST:
+            bound = f"at least {least}" if value < least else f"at most {MOST:g}"
+            raise self.wrong(name, f"must be {bound}, not {value}")
         return value
 
     def _parts(self, name: str) -> Iterator[str]:
@@ -90,6 +94,8 @@ class Options:
             raise self.wrong(name, f"must be a number, not {text!r}") from None
         if not math.isfinite(value) or value < least or (above and value <= least):
             raise self.wrong(name, f"must be {'above' if above else 'at least'} {least:g}, not {text}")
+        if value > MOST:
+            raise self.wrong(name, f"must be at most {MOST:g}, not {text}")
         return value
 
 

@@ -33,6 +33,9 @@ from workloads.traces import TraceError, named_trace
 
 DEFAULT_TIERS = "20ms=0.1:-/20,30ms=0.2:-/30,50ms=0.3:-/50,100ms=0.4:-/100"
 DEFAULT_TTFT_MS = "300,500,1000"
+_SLOWEST_RPS = 1e-4  # slower ones simulate years of waiting
+_LONGEST_S = 1e6
+_SLOWEST = 1e4
 DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "trace": ("azure2023_conv",),
@@ -257,6 +260,10 @@ def _fault(text: str, options: Options, backends: int) -> Fault:
     factor = numbers.get("factor", 1.0)
     if not (numbers["from"] >= 0 and numbers["for"] > 0 and factor >= 1.0):
         raise options.wrong("fault", f"{text!r}: from is 0 or later, for above 0 and factor at least 1")
+    if numbers["from"] > _LONGEST_S or numbers["for"] > _LONGEST_S or factor > _SLOWEST:
+        raise options.wrong(
+            "fault", f"{text!r}: from and for are at most {_LONGEST_S:g} s and factor at most {_SLOWEST:g}"
+        )
     return Fault(backend, FaultKind(kind), numbers["from"], numbers["for"], factor)
 
 
@@ -264,7 +271,10 @@ def _rates(options: Options, best_rps: float | None) -> tuple[float, ...]:
     if options.has("rate"):
         if options.has("sweep"):
             raise options.wrong("sweep", f"leave out this or {options.where('rate')}: both name the rates")
-        return tuple(sorted(set(options.positive("rate"))))
+        rates_rps = tuple(sorted(set(options.positive("rate"))))
+        if rates_rps and rates_rps[0] < _SLOWEST_RPS:
+            raise options.wrong("rate", f"must be at least {_SLOWEST_RPS:g} requests/s, not {rates_rps[0]:g}")
+        return rates_rps
     parts = options.positive("sweep")
     if best_rps is None:
         raise options.wrong("rate", "is needed: no tier has a TPOT, so there is no reference rate to sweep")
