@@ -13,6 +13,7 @@ import math
 import random
 import re
 import statistics
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
     with opener(path, "rt", encoding="utf-8", newline="") as file:
         try:
             return _read(file, str(path), path.name, limit)
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, csv.Error) as error:
             raise TraceError(f"{path}: not a readable text file: {error}") from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -69,6 +70,12 @@ class Store:
     """A folder of results. Safe for many processes that write: each writes whole files of its own."""
 
     folder: Path
+
+    def prepare(self) -> None:
+        """Make the folder, and see that it can be written before anything is run for it. Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            file.write(b"-")
 
     def path(self, address: str) -> Path:
         return self.folder / address[:2] / f"{address}.json"

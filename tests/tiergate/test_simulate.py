@@ -195,6 +195,17 @@ def test_wrong_usage_names_the_flag_and_the_remedy(
     assert message in capsys.readouterr().err
 
 
+def test_a_store_that_cannot_be_written_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["simulate", "--requests", "20", "--rate", "5", "--store", str(tmp_path / "file" / "runs")]
+    assert cli.main(arguments) == cli.FAILED
+    told = capsys.readouterr().err
+    assert "Not a directory" in told
+    assert "runs failed" not in told
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -121,6 +121,15 @@ def test_a_broken_gzip_file_is_named(tmp_path: Path) -> None:
         load_trace(path)
 
 
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(FORMATS["ours"].encode() * 50))
+    packed[20:40] = bytes(20)
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(packed)
+    with pytest.raises(TraceError, match="not a readable text file"):
+        load_trace(path)
+
+
 def test_failed_rows_are_counted_and_rows_sorted(tmp_path: Path) -> None:
     trace = load_trace(write(tmp_path, "arrival_s,prompt_tokens,output_tokens\n3,1,1\n1,2,2\n2,3,0\n"))
     assert trace.dropped == 1

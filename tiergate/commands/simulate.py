@@ -194,6 +194,7 @@ def _run(scenario: Scenario, args: argparse.Namespace) -> tuple[Run, ...]:
         nullcontext(Silent()) if args.quiet else _Bar(console) as progress,
     ):
         store, addresser = Store(Path(folder)), Addresser.of_this_code()
+        store.prepare()
         pool = Pool(jobs=args.jobs or default_jobs())
         result = _checked(run_cells(scenario.cells, store, pool, progress=progress, addresser=addresser))
         runs = []

@@ -237,8 +237,9 @@ def _plan(asked: Asked, args: argparse.Namespace) -> CapacityPlan:
         nullcontext(place) if place else tempfile.TemporaryDirectory() as folder,
         nullcontext(Silent()) if args.quiet else _Bar(console) as progress,
     ):
-        pool = Pool(jobs=args.jobs or default_jobs())
-        plan, result = make_plan(asked, Store(Path(folder)), pool, progress)
+        store, pool = Store(Path(folder)), Pool(jobs=args.jobs or default_jobs())
+        store.prepare()
+        plan, result = make_plan(asked, store, pool, progress)
     if plan is None:
         raise CommandFailed(_why(result))
     return plan
