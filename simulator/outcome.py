@@ -78,7 +78,8 @@ class CellOutcome:
             for policies without tiers.
         backend_seconds_busy: time in the same window that backends had anybody on board.
         instance_s_per_request: PolyServe's cost: a step's time over its sequences, summed over every request's
-            steps, mean over the measured requests that finished.
+            steps. Summed over all requests that is the engines' time, so it is this over those that finished, of
+            the whole run: what was lost on the others, and on those still on board at the end, is in it.
         window_s: from the first to the last measured arrival.
         left_out: part of the trace's requests whose promise no idle engine keeps, and which were not offered.
     """
