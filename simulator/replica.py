@@ -170,7 +170,8 @@ class Replica:
             answer = ev.Claimed(backend, action.tier, action.expected_epoch + 1)
         else:
             answer = self._store.claim(backend, action.tier, action.expected_epoch)
-        from_pool = self.dispatcher.fleet[backend].tier is None
+        # a policy without a pool is dealt backends that run already
+        from_pool = self.dispatcher.policy.uses_pool and self.dispatcher.fleet[backend].tier is None
         wait_s = self._startup_s if from_pool and isinstance(answer, ev.Claimed) else 0.0
         if not wait_s:
             self.tell(answer)

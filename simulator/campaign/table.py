@@ -259,10 +259,6 @@ def rows(size: Size) -> dict[Section, tuple[Row, ...]]:
     }
 
 
-def _t0(floor_s: float) -> str:
-    return f"t0 {1e3 * floor_s:g} ms"
-
-
 CONTENDERS: dict[Section, tuple[str, ...]] = {
     Section.MAIN: (*CO, *PD),
     Section.T0: (*PAPER_BASELINES, "qoserve_silo", "polyserve_co"),

@@ -252,6 +252,11 @@ def test_a_backend_from_the_pool_takes_its_time_to_start() -> None:
     assert attained(slowly.served) < attained(at_once.served)
 
 
+def test_backends_of_a_policy_without_a_pool_run_from_the_start() -> None:
+    started = run("qoserve_silo", 4, 6.0, options=FleetOptions(startup_s=30.0))[0]
+    assert started.served == run("qoserve_silo", 4, 6.0)[0].served
+
+
 def test_driven_engines_keep_the_pace_of_who_is_on_board() -> None:
     """Chunks are cut so that no step is longer than the tightest pace on board; only decodes always go."""
     sim = fleet("polyserve", 1, options=FleetOptions(driven=True))
