@@ -329,4 +329,5 @@ def _tier_outcome(name: str, served: list[Served]) -> TierOutcome:
         ttft_p99_s=quantile(ttft_s, 0.99),
         tpot_p50_s=quantile(tpot_s, 0.5),
         tpot_p99_s=quantile(tpot_s, 0.99),
+        unpromised=sum(not one.promised for one in served),
     )

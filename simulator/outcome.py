@@ -13,7 +13,8 @@ class TierOutcome:
     """One tier's measured requests, or all of them. Times in seconds; None where nothing was served.
 
     `attained` counts tokens from zero (the strict deadlines); `attained_one_based` from one. Offered are all that
-    arrived; admitted are those that were not refused.
+    arrived; admitted are those that were not refused. `unpromised` are those offered without a promise: they can
+    neither attain nor miss, and are in no attainment.
     """
 
     tier: str
@@ -27,6 +28,7 @@ class TierOutcome:
     ttft_p99_s: float | None
     tpot_p50_s: float | None
     tpot_p99_s: float | None
+    unpromised: int = 0
 
     @property
     def admitted(self) -> int:
@@ -34,12 +36,15 @@ class TierOutcome:
 
     @property
     def attainment(self) -> float | None:
-        """Of what was offered."""
-        return self.attained / self.offered if self.offered else None
+        """Of what was offered with a promise; None when nothing was."""
+        promised = self.offered - self.unpromised
+        return self.attained / promised if promised else None
 
     @property
     def attainment_admitted(self) -> float | None:
-        return self.attained / self.admitted if self.admitted else None
+        """Of what was admitted with a promise. Nobody without one is refused while a backend is up."""
+        promised = self.admitted - self.unpromised
+        return self.attained / promised if promised > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

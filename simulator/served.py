@@ -37,17 +37,17 @@ class Served:
         return None if self.times is None else self.times.slack_s
 
     @property
+    def promised(self) -> bool:
+        return self.sim.request.slo.ttft_s is not None
+
+    @property
     def attained(self) -> bool:
-        """Every token on time, counted from zero; without a promise, that it finished."""
-        if self.sim.request.slo.ttft_s is None:
-            return self.end is RequestEnd.FINISHED
+        """Every token on time, counted from zero; never without a promise."""
         return self.slack_s is not None and self.slack_s >= 0.0
 
     @property
     def attained_one_based(self) -> bool:
         """Every token on time, counted from one: each is due one TPOT later."""
-        if self.sim.request.slo.ttft_s is None:
-            return self.end is RequestEnd.FINISHED
         grace_s = self.sim.request.slo.tpot_s or 0.0
         return self.slack_s is not None and self.slack_s + grace_s >= 0.0
 

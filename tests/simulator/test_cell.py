@@ -131,6 +131,21 @@ def test_engines_may_differ_inside_a_fleet() -> None:
     assert outcome.overall.attainment > 0.9
 
 
+def test_requests_without_a_promise_neither_attain_nor_miss() -> None:
+    tiers = (*TIERS[:2], TierShare("batch", Slo(None, None), 0.7))
+    base = cell("polyserve_co", 40.0)
+    outcome = run_cell(replace(base, workload=replace(base.workload, tiers=tiers, ttft_s=())))
+    batch = outcome.tiers[-1]
+    assert (batch.tier, batch.unpromised, batch.attained) == ("batch", batch.offered, 0)
+    assert batch.attainment is None
+    assert batch.finished > 0
+    promised = [tier for tier in outcome.tiers if tier.attainment is not None]
+    assert outcome.overall.unpromised == batch.offered
+    assert outcome.overall.attained == sum(tier.attained for tier in promised)
+    assert outcome.overall.attainment == outcome.overall.attained / sum(tier.offered for tier in promised)
+    assert outcome.worst_tier_attainment == min(tier.attainment or 0.0 for tier in promised)
+
+
 def test_replicas_and_faults_are_counted() -> None:
     hurt = cell("polyserve_co", 40.0)
     fault = Fault(0, FaultKind.DOWN, 4.0, 2.0)
