@@ -147,7 +147,7 @@ def conditions(comparison: Comparison) -> list[tuple[str, str]]:
         ("start-up of a backend", f"{fleet.startup_s:g} s"),
         ("prefix caching", "on" if fleet.prefix_caching else "off"),
         ("host time", f"{1e3 * fleet.host_step_s:g} ms a step, {1e6 * fleet.host_seq_s:g} us a sequence"),
-        ("failures", "; ".join(map(_fault, fleet.faults)) or "none"),
+        ("failures", "; ".join(map(fault_text, fleet.faults)) or "none"),
         (
             "requests of a run",
             _run_length(setting),
@@ -177,7 +177,8 @@ def _engines(setting: Setting) -> list[str]:
     ]
 
 
-def _fault(fault: Fault) -> str:
+def fault_text(fault: Fault) -> str:
+    """`backend 3 down from 20 s for 10 s`; backends count from 0, seconds from the start of the run."""
     what = "down" if fault.kind is FaultKind.DOWN else f"{fault.factor:g} times as slow"
     return f"backend {fault.backend} {what} from {fault.from_s:g} s for {fault.for_s:g} s"
 

@@ -74,8 +74,17 @@ def test_the_answer_fits_80_columns_and_says_what_it_is(ran: Ran) -> None:
     assert "SIMULATED: uniform:50-150/5-15 on 2 x h200-llama-3.1-8b-bf16" in ran.out
     assert "20 requests/s" in ran.out
     assert "60 requests/s" in ran.out
-    for word in ("polyserve_co", "random(chunk_tokens=512)", "worst", "tight", "loose", "TTFT P50", "inst·s"):
+    for word in (
+        "polyserve_co",
+        "random(chunk_tokens=512)",
+        "worst",
+        "tight",
+        "loose",
+        "TTFT P50",
+        "inst·s",
+    ):
         assert word in ran.out
+    assert ran.out.index("In short") < ran.out.index("in the worst tier") < ran.out.index("promised")
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
@@ -95,6 +104,9 @@ def test_the_report_is_written(ran: Ran) -> None:
     assert "tiergate simulate --scenario" in text
     assert "No engine ran" in text
     assert "H200" in text
+    assert "In short" in text
+    assert "chunk_tokens=best" not in text  # its random has a budget of its own
+    assert "s are measured, and a request may stay for" in text
     assert (ran.folder / "figures" / "s1-attainment.png").stat().st_size > 1000
     assert (ran.folder / "figures" / "s1-gradient-1.png").stat().st_size > 1000
 
@@ -146,7 +158,7 @@ def test_the_list_names_traces_profiles_and_policies(capsys: pytest.CaptureFixtu
     [
         (("--trace", "nope"), "--trace: no trace 'nope'"),
         (("--trace", "uniform:9-1/1-2"), "--trace: 'uniform:9-1/1-2' must read"),
-        (("--tiers", "nope=1"), "--tiers: tiers: no SLO is known for 'nope'"),
+        (("--tiers", "nope=1"), "--tiers: no SLO is known for 'nope'"),
         (("--tiers", "a=1:500/0.001"), "--tiers:"),
         (("--ttft-ms", "500,fast"), "--ttft-ms: must be a number, not 'fast'"),
         (("--arrivals", "never"), "--arrivals: must be poisson or trace, not 'never'"),
@@ -161,7 +173,15 @@ def test_the_list_names_traces_profiles_and_policies(capsys: pytest.CaptureFixtu
         (("--backends", "two"), "--backends: must be a whole number, not 'two'"),
         (("--t0-ms", "0.1"), "--t0-ms: h200-llama-3.1-8b-bf16: a fixed part of 0.1 ms is less than"),
         (("--prefill-backends", "8"), "--prefill-backends: must leave a backend to decode: fewer than 8"),
-        (("--policy", "polyserv_co"), "--policy: unknown contender 'polyserv_co'; did you mean 'polyserve_co'?"),
+        (("--policy", "polyserv_co"), "--policy: no policy is named 'polyserv_co'; did you mean polyserve_co?"),
+        (("--policy", "polyserve"), "--policy: no policy is named 'polyserve'; did you mean polyserve_co or"),
+        (("--policy", "random,polyserve"), "--policy: no policy is named 'polyserve'"),
+        (("--policy", "polyserve_pd", "--backends", "1"), "--backends: polyserve_pd is disaggregated: it needs 2"),
+        (
+            ("--fault", "slow:backend=1,from=0,for=1"),
+            "--fault: factor is missing in 'slow:backend=1,",
+        ),
+        (("--sweep", "90%"), "--sweep: must be a number, not '90%'; write 0.9"),
         (
             ("--policy", "polyserve_co:promotion"),
             "--policy: 'promotion' in 'polyserve_co:promotion' must read KNOB",
@@ -206,11 +226,64 @@ def test_a_store_that_cannot_be_written_is_told_before_anything_runs(
     assert "runs failed" not in told
 
 
+def test_a_report_that_cannot_be_written_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["simulate", "--out", str(tmp_path / "file" / "report")]) == cli.FAILED
+    told = capsys.readouterr().err
+    assert "--out: " in told
+    assert "Not a directory" in told
+    assert "cells ran" not in told
+
+
+def test_options_before_a_subcommand_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["simulate", "--policy", "random", "--quiet", "plan", "--trace", "azure2023_conv"])
+    assert stopped.value.code == cli.USAGE
+    assert "--policy, --quiet before 'plan' would be dropped" in capsys.readouterr().err
+
+
+def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_what_does_nothing_is_told(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rate", "20", "--seeds", "1", "--policy", "random", "--fault", "down:backend=1,from=900,for=1"]
+    options += ["--tiers", "a=0.5:500/20,b=0.4:500/-", "--view-age-ms", "50", "--prefill-backends", "1", "--quiet"]
+    assert cli.main(["simulate", "--scenario", str(ran.scenario), *options]) == cli.DONE
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Faults: backend 1 down from 900 s for 1 s. Runs took" in told
+    assert "begins 900 s after the start, and no run lasted longer than" in told
+    assert "--view-age-ms does nothing with one gateway replica" in told
+    assert "--prefill-backends does nothing" in told
+    assert "sum to 0.9 and were rescaled: a 55.6 %, b 44.4 %" in told
+    assert "random:chunk_tokens=best" in told
+    assert "-: nothing to keep" in told
+
+
+def test_the_best_budget_is_tried_first_and_named(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rate", "60", "--policy", "lmetric:chunk_tokens=best", "--quiet"]
+    assert cli.main(["simulate", "--scenario", str(ran.scenario), *options]) == cli.DONE
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the best budget of short runs (one seed, 30 requests" in told
+    assert "4096 keeps" in told
+    assert "lmetric(chunk_tokens=" in told
+    assert "best)" not in told
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[1]", "must be a mapping of options"),
-        ("{", "is not valid YAML"),
+        ("{", "s.yaml is not valid YAML: line 1, column 2: expected the node content"),
+        (
+            "tiers: [{name: a, tpot: 20}]",
+            "s.yaml: tiers: tiers.0: tpot is no key of a tier; did you mean",
+        ),
         ("polcy: random", "polcy is no option of a scenario; did you mean `policy`?"),
         ("rate: {a: 1}", "rate must be a value or a list of values"),
         ("rate: fast", "s.yaml: rate: must be a number, not 'fast'"),
@@ -300,6 +373,19 @@ def test_a_mixed_fleet_is_packed_kind_by_kind() -> None:
 )
 def test_knobs_are_read_in_their_types(text: str, knobs: tuple[tuple[str, Knob], ...]) -> None:
     assert contender(text, options_of()).knobs == knobs
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("random, minimal", ["random", "minimal"]),
+        ("random:margin=2,lengths=known,minimal", ["random(lengths=known, margin=2)", "minimal"]),
+        ("random,minimal:margin=2", ["random", "minimal(margin=2)"]),
+    ],
+)
+def test_policies_may_be_separated_by_commas(text: str, labels: list[str]) -> None:
+    cells = read(options_of(policy=text, seeds="1", rate="5")).cells
+    assert [cell.contender.label for cell in cells] == labels
 
 
 def test_flags_come_before_the_file(tmp_path: Path) -> None:

@@ -23,19 +23,24 @@ from simulator.report.canvas import FiguresUnavailable
 from simulator.report.files import ParquetUnavailable, need_report, results_json, write_report
 from simulator.report.summary import compare, profile_notes
 from simulator.report.values import Mark, MarkKind, Run, Setting, Study
+from simulator.report.verdict import verdicts
 from tiergate.commands import CommandFailed, UsageError
+from tiergate.simulate.notes import notes
 from tiergate.simulate.options import Given, Options, flag, read_file
 from tiergate.simulate.scenario import DEFAULT_TTFT_MS, DEFAULTS, OPTIONS, Scenario, ceiling_marks, read
 from tiergate.simulate.show import answer, catalogue
+from tiergate.simulate.tuning import settle, trials
 
 if TYPE_CHECKING:
     from tiergate.commands import Subparsers
 
 _COLUMNS = 80
+_BEFORE = (*OPTIONS, "scenario", "jobs", "store", "list", "out", "json", "quiet")
 _PLAN = "tiergate.commands.simulate_plan"
 _DESCRIPTION = """\
-Runs the gateway's own policies on a simulated fleet: engines are models on a virtual clock, their step times come
-from latency profiles. Without options: PolyServe's tiers on eight H200, three policies, about twenty seconds.
+Runs the gateway's own policies on a simulated fleet: engines are models on a
+virtual clock, their step times come from latency profiles. Without options:
+PolyServe's tiers on eight H200, three policies, about twenty seconds.
 """
 
 
@@ -53,9 +58,29 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_run(parser.add_argument_group("run"))
     _add_output(parser.add_argument_group("output"))
     # A subcommand's own --trace and --tiers take the place of these; without one, this parser's `run` is called.
-    actions = parser.add_subparsers(dest="action", metavar="plan", title="instead of a scenario")
+    actions = parser.add_subparsers(dest="action", metavar="plan", title="instead of a scenario", action=_Instead)
     if importlib.util.find_spec(_PLAN) is not None:
         importlib.import_module(_PLAN).add_parser(actions)
+
+
+class _Instead(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Subcommands that take no option from before their name: it would be dropped in silence."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        given = [
+            flag(name) for name, value in vars(namespace).items() if name in _BEFORE and value not in (None, False)
+        ]
+        if given and values:
+            parser.error(
+                f"{', '.join(given)} before {values[0]!r} would be dropped: write it after the subcommand"
+            )
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _default(name: str) -> str:
@@ -103,14 +128,18 @@ def _add_fleet(fleet: argparse._ArgumentGroup) -> None:
         "--fault",
         action="append",
         metavar="WHAT",
-        help="down:backend=3,from=20,for=10 or slow:backend=3,from=20,for=10,factor=2",
+        help="down:backend=3,from=20,for=10 or slow:backend=3,from=20,for=10,factor=2; backends count from 0, "
+        "from is in seconds from the start of the run, warm-up included",
     )
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scenario", type=Path, metavar="FILE", help="YAML with these options; flags come first")
     group.add_argument(
-        "--policy", action="append", metavar="NAME[:KNOB=VALUE,...]", help=f"repeat it; {_default('policy')}"
+        "--policy",
+        action="append",
+        metavar="NAME[:KNOB=VALUE,...]",
+        help=f"repeat it, or use commas; chunk_tokens=best tries 128 to 4096 in short runs; {_default('policy')}",
     )
     group.add_argument("--seeds", metavar="N", help=f"runs with other chance; {_default('seeds')}")
     group.add_argument("--requests", metavar="N", help=f"measured in a run; {_default('requests')}")
@@ -145,23 +174,34 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.out is not None:
             need_report()
-            args.out.mkdir(parents=True, exist_ok=True)
         scenario = read(options)
-        runs = _run(scenario, args)
+        if args.out is not None:
+            _need_folder(args.out)
+        runs, choices = _run(scenario, args)
     except (FiguresUnavailable, ParquetUnavailable) as error:
         raise CommandFailed(f"--out: {error}") from error
     except OSError as error:
         raise CommandFailed(str(error)) from error
-    study = _study(scenario, runs, args)
+    study = _study(scenario, runs, choices, args)
     if args.json:
         sys.stdout.buffer.write(results_json(study))
     else:
         for comparison in compare(runs):
-            console.print(answer(comparison, scenario), highlight=False)
+            console.print(answer(comparison, scenario, study.findings), highlight=False)
     if args.out is not None:
         written = write_report(study, args.out)
         print(f"wrote {written.page} and {len(written.files) - 1} more files", file=sys.stderr)
     return 0
+
+
+def _need_folder(folder: Path) -> None:
+    """Raises CommandFailed where nothing could be written: told before the runs, not after them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandFailed(f"--out: {folder}: {error.strerror or error}") from error
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -185,8 +225,11 @@ class _Bar(ConsoleProgress):
         pass
 
 
-def _run(scenario: Scenario, args: argparse.Namespace) -> tuple[Run, ...]:
-    """All cells, whole: samples are read back from the store. Raises CommandFailed when one of them failed."""
+def _run(scenario: Scenario, args: argparse.Namespace) -> tuple[tuple[Run, ...], tuple[str, ...]]:
+    """All runs, whole: samples are read back from the store. And what was chosen by short runs before them.
+
+    Raises CommandFailed when one of them failed.
+    """
     console = Console(stderr=True)
     place = args.store or (None if args.out is None else args.out / "runs")
     with (
@@ -196,12 +239,15 @@ def _run(scenario: Scenario, args: argparse.Namespace) -> tuple[Run, ...]:
         store, addresser = Store(Path(folder)), Addresser.of_this_code()
         store.prepare()
         pool = Pool(jobs=args.jobs or default_jobs())
-        result = _checked(run_cells(scenario.cells, store, pool, progress=progress, addresser=addresser))
+        short = trials(scenario.cells)
+        tried = _checked(run_cells(short, store, pool, progress=progress, addresser=addresser)) if short else None
+        settled = settle(scenario.cells, {} if tried is None else tried.outcomes)
+        result = _checked(run_cells(settled.cells, store, pool, progress=progress, addresser=addresser))
         runs = []
-        for cell in scenario.cells:
+        for cell in settled.cells:
             outcome = store.get(addresser.address(cell), cell)
             runs.append(Run(cell, result.outcomes[cell] if outcome is None else outcome))
-        return tuple(runs)
+        return tuple(runs), settled.notes
 
 
 def _checked(result: CampaignResult) -> CampaignResult:
@@ -217,8 +263,9 @@ def _checked(result: CampaignResult) -> CampaignResult:
     return result
 
 
-def _study(scenario: Scenario, runs: Sequence[Run], args: argparse.Namespace) -> Study:
+def _study(scenario: Scenario, runs: Sequence[Run], choices: tuple[str, ...], args: argparse.Namespace) -> Study:
     setting = Setting.of(runs[0].cell)
+    (comparison,) = compare(runs)
     marks: list[Mark] = []
     if scenario.reference_rps is not None:
         marks.append(Mark(setting, MarkKind.REFERENCE, "tier-packed reference", scenario.reference_rps))
@@ -227,6 +274,7 @@ def _study(scenario: Scenario, runs: Sequence[Run], args: argparse.Namespace) ->
     return Study(
         title=f"Simulated: {setting.title}",
         runs=tuple(runs),
+        findings=(*verdicts(comparison), *choices, *notes(comparison, scenario.residence_s)),
         marks=tuple(marks),
         profiles=profile_notes(runs),
         rerun=_rerun(args),

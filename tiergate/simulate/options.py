@@ -91,12 +91,20 @@ class Options:
         try:
             value = float(text)
         except ValueError:
-            raise self.wrong(name, f"must be a number, not {text!r}") from None
+            raise self.wrong(name, f"must be a number, not {text!r}{_without_percent(text)}") from None
         if not math.isfinite(value) or value < least or (above and value <= least):
             raise self.wrong(name, f"must be {'above' if above else 'at least'} {least:g}, not {text}")
         if value > MOST:
             raise self.wrong(name, f"must be at most {MOST:g}, not {text}")
         return value
+
+
+def _without_percent(text: str) -> str:
+    """What to write in place of `90%`."""
+    try:
+        return f"; write {float(text.removesuffix('%')) / 100:g}" if text.endswith("%") else ""
+    except ValueError:
+        return ""
 
 
 def flag(name: str) -> str:
@@ -115,7 +123,7 @@ def read_file(path: Path, known: tuple[str, ...]) -> dict[str, Given]:
     except OSError as error:
         raise UsageError(f"--scenario: {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--scenario: {path} is not valid YAML: {error}") from None
+        raise UsageError(f"--scenario: {path} is not valid YAML: {_yaml_error(error)}") from None
     if not isinstance(loaded, dict):
         raise UsageError(f"--scenario: {path} must be a mapping of options, such as `trace: azure2023_conv`")
     given = {}
@@ -131,6 +139,14 @@ def read_file(path: Path, known: tuple[str, ...]) -> dict[str, Given]:
         elif value is not None:
             given[name] = Given(tuple(_texts(value, where)), where)
     return given
+
+
+def _yaml_error(error: Exception) -> str:
+    """What is wrong and where, on one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _texts(value: object, where: str) -> Iterator[str]:

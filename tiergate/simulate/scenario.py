@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -11,7 +13,7 @@ from profiles.catalogue import load
 from profiles.format import ProfileError
 from simulator.campaign.goodput import Judged
 from simulator.campaign.scale import Scale, ceilings_of, scale_of
-from simulator.contenders import KnobInfo, UnknownContender, knobs_of, setup_for
+from simulator.contenders import KnobInfo, UnknownContender, knobs_of, names, setup_for
 from simulator.reference import with_fixed_s
 from simulator.report.values import Mark, MarkKind, Setting
 from simulator.scenario import (
@@ -28,6 +30,7 @@ from simulator.scenario import (
 )
 from tiergate.commands.bench import read_mix
 from tiergate.simulate.options import Options
+from tiergate.simulate.tuning import VALUES, with_chunk
 from workloads.mix import WorkloadError
 from workloads.traces import TraceError, named_trace
 
@@ -36,6 +39,7 @@ DEFAULT_TTFT_MS = "300,500,1000"
 _SLOWEST_RPS = 1e-4  # slower ones simulate years of waiting
 _LONGEST_S = 1e6
 _SLOWEST = 1e4
+_PAIR = 2  # backends of the smallest disaggregated fleet
 DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "trace": ("azure2023_conv",),
@@ -101,10 +105,13 @@ def read(options: Options) -> Scenario:
     fleet = _fleet(options, prefixes=workload.prefixes)
     if options.has("fault"):
         fleet = dataclasses.replace(fleet, faults=_faults(options, fleet.backends))
-    contenders = tuple(dict.fromkeys(contender(text, options) for text in options.texts("policy")))
+    contenders = tuple(dict.fromkeys(contender(text, options) for text in _policies(options)))
     setting = Setting(workload, fleet, *_length(options))
     # The forms have references of their own; a comparison of both is read against the co-located one.
-    forms = {setup_for(item).form for item in contenders}
+    forms = {_form(item) for item in contenders}
+    if Form.DISAGGREGATED in forms and fleet.backends < _PAIR:
+        split = ", ".join(item.name for item in contenders if _form(item) is Form.DISAGGREGATED)
+        raise options.wrong("backends", f"{split} is disaggregated: it needs {_PAIR} at least, one for each phase")
     form = forms.pop() if len(forms) == 1 else Form.COLOCATED
     kinds = _scales(options, workload, fleet)
     best_rps = sum(kind.scale.optimal(form) * kind.part for kind in kinds) if kinds else None
@@ -116,6 +123,25 @@ def read(options: Options) -> Scenario:
         for seed in range(1, seeds + 1)
     )
     return Scenario(cells, form, best_rps, max((kind.scale.residence_s for kind in kinds), default=None))
+
+
+def _form(item: Contender) -> Form:
+    return setup_for(with_chunk(item, VALUES[0])).form
+
+
+def _policies(options: Options) -> Iterator[str]:
+    """Each contender's text: `--policy` is repeated, or names are separated by commas, as knobs are."""
+    for text in options.texts("policy"):
+        if ":" not in text:
+            yield from (part.strip() for part in text.split(",") if part.strip())
+            continue
+        own: list[str] = []
+        for part in text.split(","):
+            if own and part.strip().partition(":")[0] in names():
+                yield ",".join(own)
+                own = []
+            own.append(part.strip())
+        yield ",".join(own)
 
 
 def _length(options: Options) -> tuple[int, int, int]:
@@ -131,7 +157,7 @@ def _workload(options: Options) -> Workload:
     try:
         tiers = read_mix(tiers_text).shares
     except (WorkloadError, ValueError) as error:
-        raise options.wrong("tiers", str(error)) from None
+        raise options.wrong("tiers", _tiers_error(str(error), tiers_text)) from None
     ttft_ms = options.positive("ttft_ms")
     if not options.has("ttft_ms") and not options.has("tiers"):
         ttft_ms = tuple(map(float, DEFAULT_TTFT_MS.split(",")))
@@ -155,6 +181,18 @@ def _workload(options: Options) -> Workload:
         raise options.wrong("invert_at", f"is a part of the measured requests, from 0 to 1, not {invert_at:g}")
     seconds = tuple(value / 1e3 for value in ttft_ms)
     return Workload(name, tiers, seconds, Arrivals(arrivals), invert_at, prefixes)
+
+
+def _tiers_error(text: str, source: str) -> str:
+    """The message without what `wrong` says already, with the nearest known key for one that is not known."""
+    text = text.removeprefix("tiers: ").removeprefix(f"{source}: ")
+    found = re.match(r"(tiers\.\d+)\.(\w+): Extra inputs", text)
+    if not found:
+        return text
+    keys = ("name", "ttft_ms", "tpot_ms", "share")
+    near = difflib.get_close_matches(found[2], keys, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(keys)}"
+    return f"{found[1]}: {found[2]} is no key of a tier; {hint}"
 
 
 def _fleet(options: Options, *, prefixes: bool) -> FleetSpec:
@@ -209,16 +247,23 @@ def _profiles(options: Options) -> list[tuple[str, int]]:
 def contender(text: str, options: Options) -> Contender:
     """`random`, or with knobs `co_chunk:chunk_tokens=512,margin=1.1`. Raises UsageError."""
     name, _, inside = text.partition(":")
+    if name not in names():
+        near = [known for known in names() if name and known.startswith(name)]
+        near = near or difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
+        raise options.wrong(
+            "policy", f"no policy is named {name!r}; {hint} (`tiergate simulate --list` shows all)"
+        )
     knobs: dict[str, Knob] = {}
     try:
-        known = {knob.name: knob for knob in knobs_of(name)}
+        known_knobs = {knob.name: knob for knob in knobs_of(name)}
         for part in filter(None, (part.strip() for part in inside.split(","))):
             key, equals, value = part.partition("=")
             if not equals:
                 raise options.wrong("policy", f"{part!r} in {text!r} must read KNOB=VALUE")
-            knobs[key] = _knob(known[key], value) if key in known else value
+            knobs[key] = _knob(known_knobs[key], value) if key in known_knobs else value
         found = Contender(name, tuple(sorted(knobs.items())))
-        setup_for(found)
+        setup_for(with_chunk(found, VALUES[0]))
     except UnknownContender as error:
         raise options.wrong("policy", f"{error} (`tiergate simulate --list` shows all)") from None
     return found
@@ -248,6 +293,9 @@ def _fault(text: str, options: Options, backends: int) -> Fault:
     needed = {"backend", "from", "for"} | ({"factor"} if kind == FaultKind.SLOW else set())
     parts = dict(part.strip().split("=", 1) for part in inside.split(",") if "=" in part)
     remedy = "write down:backend=3,from=20,for=10 or slow:backend=3,from=20,for=10,factor=2"
+    missing = sorted(needed - set(parts))
+    if kind in set(FaultKind) and missing and set(parts) < needed:
+        raise options.wrong("fault", f"{' and '.join(missing)} is missing in {text!r}; {remedy}")
     if kind not in set(FaultKind) or set(parts) != needed:
         raise options.wrong("fault", f"{text!r} is not understood; {remedy}")
     try:
