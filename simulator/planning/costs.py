@@ -14,7 +14,8 @@ from simulator.campaign.goodput import Goodput, Judged, Search, SearchSettings, 
 from simulator.campaign.goodput import Subject as SearchSubject
 from simulator.campaign.interval import Interval, t_interval
 from simulator.campaign.plan import Known, missing
-from simulator.planning.sizing import Curve, Forgiven, unloaded_cells
+from simulator.planning.curve import Curve
+from simulator.planning.sizing import Forgiven, unloaded_cells
 from simulator.scenario import Cell, Workload
 
 _FIRST = (0.75, 0.95)  # rates as parts of the reference, where most policies' answers lie between
@@ -57,6 +58,11 @@ class Saving:
     tier_share: float
     per_request_s: Interval
     exact: bool
+
+    @property
+    def measurable(self) -> bool:
+        """Whether anything is saved, by more than half the interval over seeds."""
+        return self.per_request_s.mean > max(self.per_request_s.half or 0.0, 1e-9)
 
     @property
     def per_thousand_s(self) -> float:

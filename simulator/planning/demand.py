@@ -33,6 +33,10 @@ class PlanningError(ValueError):
     """No plan can be made; the message names the option or the tier and the remedy."""
 
 
+class WrongUse(PlanningError):
+    """What was asked for does not go together, whatever a fleet could do; the message names the option."""
+
+
 @dataclass(frozen=True, slots=True)
 class Impossible:
     """The part of a tier's requests whose promise not even an idle engine keeps, so that no fleet does."""
@@ -103,7 +107,7 @@ def demand_of(trace: Trace, tiers: Sequence[TierShare] | None, fleet: FleetSpec)
     own = bool(recorded)
     if tiers is None:
         if not recorded:
-            raise PlanningError(
+            raise WrongUse(
                 f"--tiers: is needed, because {trace.name} does not say who was promised what; only the gateway's "
                 "own request log does"
             )
@@ -116,7 +120,7 @@ def demand_of(trace: Trace, tiers: Sequence[TierShare] | None, fleet: FleetSpec)
             trace = replace(trace, requests=promised)
             tiers = tuple(replace(tier, slo=given[tier.name]) for tier in recorded)
     if all(tier.slo.tpot_s is None for tier in tiers):
-        raise PlanningError("--tiers: no tier has a TPOT, so there is nothing a fleet could be sized by")
+        raise WrongUse("--tiers: no tier has a TPOT, so there is nothing a fleet could be sized by")
     return _servable(trace, _ordered(tiers), fleet, own=own)
 
 
@@ -217,14 +221,25 @@ def default_window_s(demand: Demand) -> float:
     return next((float(each) for each in _WINDOWS_S if each >= least_s), float(_WINDOWS_S[-1]))
 
 
+def shortest_window_s(demand: Demand) -> float:
+    """Shorter ones hold too few residence times for a steady load."""
+    return _RESIDENCES * demand.residence_s
+
+
+def usual_window(least_s: float) -> str:
+    """A usual length that is no shorter, as `--window` takes it."""
+    seconds = next((each for each in _WINDOWS_S if each >= least_s), math.ceil(least_s / 86_400) * 86_400)
+    return f"{seconds // 60}m" if seconds < 3600 else f"{seconds // 3600}h"
+
+
 def day_of(demand: Demand, fleet: FleetSpec, window_s: float, rate_factor: float) -> Day:
     """The windows of a trace with their load. A last part of less than half a window joins the one before.
 
-    Raises PlanningError when the trace has no arrivals.
+    Raises WrongUse when the trace has no arrivals.
     """
     trace = demand.trace
     if not trace.duration_s:
-        raise PlanningError(f"--trace: {trace.name} has lengths only; a plan over the day needs arrivals")
+        raise WrongUse(f"--trace: {trace.name} has lengths only; a plan over the day needs arrivals")
     kind = kinds_of(fleet)[0]
     count = max(1, round(trace.duration_s / window_s + 1e-9))
     length_s = [window_s] * (count - 1) + [max(trace.duration_s - (count - 1) * window_s, window_s / 2)]

@@ -16,18 +16,21 @@ from simulator.campaign.store import Store
 from simulator.contenders import setup_for
 from simulator.outcome import CellOutcome
 from simulator.planning.costs import Change, Costs
+from simulator.planning.curve import Curve, Served, backends_at, fleet_for, top_fleet
 from simulator.planning.demand import (
     Day,
     Demand,
-    PlanningError,
     Window,
+    WrongUse,
     day_of,
     default_window_s,
     reference_cost_s,
+    shortest_window_s,
+    usual_window,
     write_rows,
 )
 from simulator.planning.result import Asked, CapacityPlan, Held, Level, PlannedWindow, Priced, Silos
-from simulator.planning.sizing import Curve, Forgiven, Judge, Runs, Sized, Subject, backends_at
+from simulator.planning.sizing import Forgiven, Judge, Runs, Subject
 from simulator.scenario import Cell, Contender, Form, Workload
 from workloads.traces import TraceRequest
 
@@ -87,8 +90,15 @@ def make_plan(
 def _prepare(asked: Asked, folder: Path) -> _Prepared:
     demand = asked.demand
     if len(asked.fleet.engines) != 1:
-        raise PlanningError("--profile: a plan is for one kind of engine")
+        raise WrongUse("--profile: a plan is for one kind of engine")
     window_s = asked.window_s or default_window_s(demand)
+    least_s = shortest_window_s(demand)
+    if asked.window_s is not None and window_s < least_s:
+        raise WrongUse(
+            f"--window: {window_s:g} s is too short: a request stays {demand.residence_s:.3g} s on average, and "
+            f"loads are steady only over several of those; take at least {math.ceil(least_s)} s, such as --window "
+            f"{usual_window(least_s)}"
+        )
     day = day_of(demand, asked.fleet, window_s, asked.rate_factor)
     runs = _runs(asked)
     judge = Judge(asked.target, demand.promised)
@@ -210,18 +220,20 @@ def _change(
 def _together(
     asked: Asked, prepared: _Prepared, known: Known, whole: Callable[[Cell], CellOutcome]
 ) -> CapacityPlan:
-    sized = [curve.levels(known) for curve in prepared.curves]
+    fleets = [curve.fleets(known) for curve in prepared.curves]
     judge = prepared.curves[0].subject.judge
     forgiven = [curve.forgiven(known) for curve in prepared.curves]
     levels: list[Level] = []
-    places: dict[tuple[int, float], int] = {}
-    for number, group in enumerate(sized):
-        for one in group:
-            places[number, one.rate_rps] = len(levels)
-            seen = forgiven[number].seen(known)
+    places: dict[tuple[int, int], int] = {}
+    for number, group in enumerate(fleets):
+        seen = forgiven[number].seen(known)
+        for one in _shown(group):
+            places[number, one.backends] = len(levels)
             judged = [seen[cell] for cell in one.cells]
             levels.append(_level(number, one, judge, judged, [whole(cell) for cell in one.cells]))
-    windows = tuple(_window(one, prepared.day, sized, levels, places) for one in prepared.day.windows)
+    windows = tuple(
+        _window(one, prepared.day, fleets, levels, places, asked.target) for one in prepared.day.windows
+    )
     rates = [
         one.load / prepared.day.groups[one.group].cost_s for one in prepared.day.windows if one.group is not None
     ]
@@ -249,20 +261,26 @@ def _unloaded(forgiven: Sequence[Forgiven]) -> tuple[tuple[str, float], ...]:
     return tuple(found.items())
 
 
+def _shown(group: Sequence[Served]) -> tuple[Served, ...]:
+    """Fleets that serve some rate, or the largest where none does."""
+    return tuple(one for one in group if one.rate_rps is not None) or tuple(group[-1:])
+
+
 def _level(
-    number: int, one: Sized, judge: Judge, judged: Sequence[CellOutcome], outcomes: Sequence[CellOutcome]
+    number: int, one: Served, judge: Judge, judged: Sequence[CellOutcome], outcomes: Sequence[CellOutcome]
 ) -> Level:
-    fewer = dict(one.tried).get((one.backends or 0) - 1)
+    shown_rps = one.rate_rps if one.rate_rps is not None else one.over_rps
     return Level(
         number,
-        one.rate_rps,
-        one.backends,
+        shown_rps or 0.0,
+        None if one.rate_rps is None else one.backends,
         tuple(judge.attainments(outcomes).items()),
         judge.interval(judged),
         sum(judge.reached([outcome]) for outcome in judged),
-        fewer,
         held_of(one.cells, outcomes),
-        one.tried,
+        one.over_rps,
+        one.over,
+        tuple((one.backends, rate_rps, worst) for rate_rps, worst in one.tried),
     )
 
 
@@ -292,20 +310,34 @@ def held_of(cells: Sequence[Cell], outcomes: Sequence[CellOutcome]) -> Held:
 def _window(
     window: Window,
     day: Day,
-    sized: Sequence[Sequence[Sized]],
+    fleets: Sequence[Sequence[Served]],
     levels: Sequence[Level],
-    places: Mapping[tuple[int, float], int],
+    places: Mapping[tuple[int, int], int],
+    target: float,
 ) -> PlannedWindow:
     if window.group is None or not window.load:
-        return PlannedWindow(window, 0, Held((), 0.0), None, scaled=False)
-    own = sized[window.group]
-    rate_rps = window.load / day.groups[window.group].cost_s
-    rate_rps = float(f"{rate_rps:.5g}")
-    backends = backends_at(rate_rps, own)
-    level = next((one for one in own if one.rate_rps >= rate_rps * (1 - 1e-9)), own[-1])
-    place = places[window.group, level.rate_rps]
-    scaled = rate_rps > own[-1].rate_rps * (1 + 1e-9)
-    return PlannedWindow(window, backends, _shared_out(levels[place], backends), place, scaled)
+        return PlannedWindow(window, 0, Held((), 0.0), None, scaled=False, borderline=False)
+    own = fleets[window.group]
+    rate_rps = float(f"{window.load / day.groups[window.group].cost_s:.5g}")
+    backends, found = backends_at(rate_rps, own), fleet_for(rate_rps, own)
+    given = found or top_fleet(own)
+    if backends is None or given is None:
+        return PlannedWindow(window, None, Held((), 0.0), None, scaled=False, borderline=False)
+    place = places[window.group, given.backends]
+    scaled = found is None
+    return PlannedWindow(
+        window,
+        backends,
+        _shared_out(levels[place], backends),
+        place,
+        scaled,
+        not scaled and is_borderline(rate_rps, backends, own, target),
+    )
+
+
+def is_borderline(rate_rps: float, backends: int, fleets: Sequence[Served], target: float) -> bool:
+    """Whether one backend fewer misses the target at a rate by less than the interval over seeds."""
+    return any(one.backends == backends - 1 and one.nearly(rate_rps, target) for one in fleets)
 
 
 def _shared_out(level: Level, backends: int | None) -> Held:
@@ -319,20 +351,23 @@ def _shared_out(level: Level, backends: int | None) -> Held:
 def _silos(prepared: _Prepared, known: Known) -> Silos | None:
     if prepared.silo is None:
         return None
-    (one,) = prepared.silo.levels(known)
-    group = prepared.curves[
-        [curve.subject.workload for curve in prepared.curves].index(prepared.silo.subject.workload)
-    ]
+    silo = prepared.silo
+    fleets, rate_rps = silo.fleets(known), silo.rates_rps[-1]
+    group = prepared.curves[[curve.subject.workload for curve in prepared.curves].index(silo.subject.workload)]
     rates = [
         window.load / group.backends_per_rps
         for window in prepared.day.windows
         if window.group is not None and prepared.curves[window.group] is group
     ]
-    scale = max(max(rates) / one.rate_rps, 1.0)
-    backends = None if one.backends is None else math.ceil(one.backends * scale - 1e-3)
-    seen = prepared.silo.forgiven(known).seen(known)
-    score = prepared.silo.subject.judge.score([seen[cell] for cell in one.cells])
-    return Silos(backends, one.rate_rps, scale, score)
+    scale = max(max(rates) / rate_rps, 1.0)
+    top = top_fleet(fleets)
+    shown = top or fleets[-1]
+    backends = None if top is None else math.ceil(top.backends * scale - 1e-3)
+    seen = silo.forgiven(known).seen(known)
+    judge = silo.subject.judge
+    score = judge.score([seen[cell] for cell in shown.cells])
+    borderline = top is not None and is_borderline(rate_rps, top.backends, fleets, judge.target)
+    return Silos(backends, rate_rps, scale, score, borderline)
 
 
 def _priced(costs: Costs | None, known: Known) -> Priced | None:

@@ -26,6 +26,7 @@ class Asked:
         rate_factor: so many times the trace's requests in the same time.
         measured: requests that a run measures at least.
         silos, costs: whether to size silos, and to price promises.
+        default_profile: nobody chose the engine.
     """
 
     demand: Demand
@@ -39,6 +40,7 @@ class Asked:
     measured: int = LEAST_MEASURED
     silos: bool = True
     costs: bool = True
+    default_profile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,17 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A load that was simulated.
+    """What a number of backends serves.
 
     Attributes:
-        attainments: by tier and for `all`, over all seeds.
-        worst: of the tier that fares worst, over seeds.
-        seeds_reached: seeds that keep the target alone.
-        one_fewer: the worst tier's attainment with one backend fewer, where that was tried.
+        rate_rps: the greatest rate of a window that keeps the target; where no fleet keeps it, the one tried.
+        backends: None: no fleet that was tried keeps the target at that rate.
+        attainments: there, by tier and for `all`, over all seeds; nothing is forgiven.
+        worst: of the tier that fares worst, over seeds, without what is forgiven.
+        seeds_reached: seeds that keep the target alone, without what is forgiven.
+        over_rps: the least rate tried that misses the target; None: none was.
+        over: the worst tier's attainment there, over seeds, without what is forgiven.
+        tried: backends, rate and the worst tier's attainment over all seeds.
     """
 
     group: int
@@ -66,18 +72,20 @@ class Level:
     attainments: tuple[tuple[str, float], ...]
     worst: Interval
     seeds_reached: int
-    one_fewer: float | None
     held: Held
-    tried: tuple[tuple[int, float], ...]
+    over_rps: float | None
+    over: Interval | None
+    tried: tuple[tuple[int, float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedWindow:
-    """A window with its fleet. `level`: the load whose run speaks for it, the next above in its group.
+    """A window with its fleet. `level`: the fleet of its group that it was given.
 
     Attributes:
         backends: None where the target was not reached by any number that was tried.
         scaled: the load is beyond what was simulated, and the answer is in proportion.
+        borderline: one backend fewer misses the target by less than the interval over seeds: it may do.
     """
 
     window: Window
@@ -85,16 +93,18 @@ class PlannedWindow:
     held: Held
     level: int | None
     scaled: bool
+    borderline: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Silos:
-    """One pool a tier, at the greatest load of the day."""
+    """One pool a tier, at the greatest load of the day. `borderline` as for windows."""
 
     backends: int | None
     rate_rps: float
     scale: float
     worst: float
+    borderline: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The smallest fleet that keeps the target, at one load and over a range of loads: plans for a campaign.
+"""The smallest fleet that keeps the target at one load: a plan for a campaign.
 
 A plan keeps no state: what it wants next follows from what is known (`simulator.campaign.plan`). At every number
 of backends all seeds offer the same requests, so that numbers are compared under common random numbers.
@@ -6,7 +6,6 @@ of backends all seeds offer the same requests, so that numbers are compared unde
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,6 @@ from simulator.campaign.plan import Known, missing
 from simulator.outcome import CellOutcome
 from simulator.scenario import Cell, Contender, FleetSpec, Workload
 
-MARGIN = 1.15
-"""First guess: so many times the reference's backends."""
 _MOST_TIMES = 4.0  # this many times the guess without reaching the target: it is not a matter of backends
 _LEAST_MORE = 8
 
@@ -256,133 +253,7 @@ class Runs:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A `Plan`: fleet sizes over the loads of one group of windows.
-
-    Attributes:
-        rates_rps: of the windows, rising; at least one.
-        backends_per_rps: of the tier-packed reference.
-        yardstick: whose fleet without load tells what can be reached.
-        most_levels: loads that are simulated at most.
-        more: backends added to the first guess, for a policy that packs less well.
-    """
-
-    subject: Subject
-    rates_rps: tuple[float, ...]
-    backends_per_rps: float
-    runs: Runs
-    yardstick: Contender
-    most_levels: int = 4
-    more: int = 0
-
-    def wanted(self, known: Known) -> tuple[Cell, ...]:
-        unloaded = missing(self.unloaded, known)
-        if unloaded:
-            return unloaded
-        return tuple(dict.fromkeys(cell for one in self._open(known)[1] for cell in one.wanted(self._seen(known))))
-
-    def ahead(self, known: Known) -> int:
-        """As if the widest gap were halved until the levels are used up, or fleets of neighbours are alike."""
-        unloaded = missing(self.unloaded, known)
-        if unloaded:
-            return 6 * sum(cell.requests for cell in unloaded)
-        solved, open_ = self._open(known)
-        found = sum(one.ahead(self._seen(known)) for one in open_)
-        if not solved and self.rates_rps[0] < self.rates_rps[-1]:
-            found *= 2
-        return found
-
-    @property
-    def length(self) -> Length:
-        """One for all runs, so that a seed measures the same requests at every load."""
-        return self.runs.length(self.rates_rps[-1])
-
-    @property
-    def unloaded(self) -> tuple[Cell, ...]:
-        """Runs that tell what a fleet attains that has hardly anything to do."""
-        return unloaded_cells(replace(self.subject, contender=self.yardstick), self.backends_per_rps, self.length)
-
-    def forgiven(self, known: Known) -> Forgiven:
-        """What the fleet without load misses."""
-        return Forgiven.of(self.subject.judge, self.unloaded, known)
-
-    def _seen(self, known: Known) -> Known:
-        return self.forgiven(known).seen(known)
-
-    def levels(self, known: Known) -> tuple[Sized, ...]:
-        """What was found, by rate; answers never fall as the rate grows, whatever the noise."""
-        levels: list[Sized] = []
-        for one in sorted(self._open(known)[0], key=lambda one: one.rate_rps):
-            before = levels[-1].backends if levels else None
-            backends = one.backends
-            if backends is not None and before is not None and before > backends:
-                one = replace(one, backends=before)  # noqa: PLW2901
-            levels.append(one)
-        return tuple(levels)
-
-    def _open(self, known: Known) -> tuple[list[Sized], list[Sizing]]:
-        """The levels that are solved, and those to solve next."""
-        solved: list[Sized] = []
-        seen = self._seen(known)
-        wave = [self.rates_rps[-1]]
-        while wave:
-            sizings = [self._sizing(rate_rps, solved) for rate_rps in wave]
-            found = [one.sized(seen) for one in sizings]
-            if not all(found):
-                return solved, [one for one, sized in zip(sizings, found, strict=True) if sized is None]
-            solved += [one for one in found if one is not None]
-            wave = self._further(solved)
-        return solved, []
-
-    def _sizing(self, rate_rps: float, solved: Sequence[Sized]) -> Sizing:
-        answered = [one for one in solved if one.backends is not None]
-        if answered:
-            nearest = min(answered, key=lambda one: abs(one.rate_rps - rate_rps))
-            guess = math.ceil((nearest.backends or 1) * rate_rps / nearest.rate_rps - 1e-9)
-        else:
-            guess = math.ceil(MARGIN * self.backends_per_rps * rate_rps) + self.more
-        return Sizing(self.subject, rate_rps, self.length, max(guess, self.subject.least))
-
-    def _further(self, solved: Sequence[Sized]) -> list[float]:
-        """Rates to solve next: the least, then the middles of gaps in which windows lie and answers differ."""
-        if any(one.backends is None for one in solved):
-            return []
-        if len(solved) == 1:
-            low, (top,) = self.rates_rps[0], solved
-            settled = low == top.rate_rps or (top.backends or 0) <= self.subject.least
-            return [] if settled else [low]
-        ordered = sorted(solved, key=lambda one: one.rate_rps)
-        gaps = []
-        for low_one, high_one in itertools.pairwise(ordered):
-            inside = [rate for rate in self.rates_rps if low_one.rate_rps < rate < high_one.rate_rps]
-            differ = (high_one.backends or 0) - (low_one.backends or 0)
-            if differ >= 2 and inside:
-                middle = math.sqrt(low_one.rate_rps * high_one.rate_rps)
-                gaps.append((differ, min(inside, key=lambda rate: abs(rate - middle))))
-        room = self.most_levels - len(solved)
-        return [rate for _, rate in sorted(gaps, reverse=True)[: max(room, 0)]]
-
-
 def unloaded_cells(subject: Subject, backends_per_rps: float, length: Length) -> tuple[Cell, ...]:
     """Runs of a fleet with hardly anything to do, where a request costs that much in the tier-packed reference."""
     rate_rps = float(f"{_UNLOADED_PART * UNLOADED_BACKENDS / backends_per_rps:.5g}")
     return subject.cells(rate_rps, UNLOADED_BACKENDS, length)
-
-
-def backends_at(rate_rps: float, levels: Sequence[Sized]) -> int | None:
-    """Backends for a rate: interpolated between levels and rounded up, beyond the greatest in proportion.
-
-    None where the target was not reached at the level above. Below the least level its answer holds.
-    """
-    above = next((one for one in levels if one.rate_rps >= rate_rps * (1 - 1e-9)), None)
-    if above is None:
-        top = levels[-1]
-        return None if top.backends is None else math.ceil(top.backends * rate_rps / top.rate_rps - 1e-9)
-    below = next((one for one in reversed(levels) if one.rate_rps < above.rate_rps), None)
-    if above.backends is None or below is None or below.backends is None:
-        return above.backends
-    if rate_rps <= below.rate_rps:
-        return below.backends
-    part = (rate_rps - below.rate_rps) / (above.rate_rps - below.rate_rps)
-    return math.ceil(below.backends + part * (above.backends - below.backends) - 1e-9)

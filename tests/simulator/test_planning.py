@@ -17,14 +17,17 @@ from scheduling.scoring import PredictionScore
 from scheduling.tiers import Slo
 from simulator.build import kinds_of
 from simulator.campaign.address import Addresser
+from simulator.campaign.interval import Interval
 from simulator.campaign.run import Pool
 from simulator.campaign.store import Store
 from simulator.cell import run_cell
 from simulator.outcome import CellOutcome, Sample, TierOutcome
 from simulator.planning.costs import Change, Costs
+from simulator.planning.curve import MOST_RATES, Curve, Served, backends_at, top_fleet
 from simulator.planning.demand import (
     Demand,
     PlanningError,
+    WrongUse,
     day_of,
     default_window_s,
     demand_of,
@@ -32,9 +35,9 @@ from simulator.planning.demand import (
     tiers_of_log,
     write_rows,
 )
-from simulator.planning.plan import held_of, make_plan
+from simulator.planning.plan import held_of, is_borderline, make_plan
 from simulator.planning.result import Asked, CapacityPlan
-from simulator.planning.sizing import Curve, Forgiven, Judge, Runs, Sized, Sizing, Subject, backends_at
+from simulator.planning.sizing import Forgiven, Judge, Runs, Sizing, Subject
 from simulator.scenario import Cell, Contender, Engines, FleetSpec, Workload
 from simulator.workload import offered
 from workloads.mix import TierShare, WorkloadError
@@ -98,12 +101,12 @@ def test_the_default_window_holds_enough_requests_and_several_residence_times() 
 
 def test_a_trace_of_lengths_only_has_no_day() -> None:
     trace = Trace("lengths", (TraceRequest(0.0, 10, 10), TraceRequest(0.0, 20, 10)))
-    with pytest.raises(PlanningError, match="needs arrivals"):
+    with pytest.raises(WrongUse, match="needs arrivals"):
         day_of(demand_of(trace, TIERS, FLEET), FLEET, 60.0, 1.0)
 
 
 def test_a_trace_without_tiers_needs_them() -> None:
-    with pytest.raises(PlanningError, match="--tiers: is needed"):
+    with pytest.raises(WrongUse, match="--tiers: is needed"):
         demand_of(day(), None, FLEET)
     with pytest.raises(PlanningError, match="no tier has a TPOT"):
         demand_of(day(), (TierShare("best", Slo(None, None), 1.0),), FLEET)
@@ -248,42 +251,73 @@ def test_what_a_fleet_without_load_misses_is_forgiven_seed_by_seed() -> None:
     assert not Forgiven.of(JUDGE, cells, good).misses
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(0.5, 60.0), min_size=1, max_size=20), st.floats(0.3, 3.0))
-def test_a_curve_never_plans_less_than_is_needed(rates: list[float], per_backend: float) -> None:
-    """With fleets in proportion to the rate, the interpolated numbers are enough, and at most one too many."""
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0.5, 60.0), min_size=1, max_size=24), st.lists(st.floats(0.5, 4.0), min_size=60))
+def test_each_window_gets_the_smallest_fleet_that_serves_its_rate(rates: list[float], more: list[float]) -> None:
+    """However unevenly what a fleet serves grows with its size. Rates within 3 % of each other count as one."""
+    serves = [math.fsum(more[:backends]) for backends in range(len(more) + 1)]
 
     def needed(rate: float) -> int:
-        return max(1, math.ceil(rate / per_backend - 1e-9))
+        return next((backends for backends, most in enumerate(serves) if most >= rate), len(more))
 
     known = Made(lambda backends, rate: 1.0 if backends >= needed(rate) else 0.9)
     kept = tuple(sorted({float(f"{rate:.5g}") for rate in rates}))
-    curve = Curve(SUBJECT, kept, 1 / per_backend, RUNS, SUBJECT.contender)
+    curve = Curve(SUBJECT, kept, 0.5, RUNS, SUBJECT.contender)
     # A fleet without load keeps every promise, whatever this fleet of eight may serve.
     known.update({cell: outcome(1.0, 1.0) for cell in curve.unloaded})
     known.run(curve)
-    levels = curve.levels(known)
-    assert len(levels) <= curve.most_levels
-    planned = [backends_at(rate, levels) or 0 for rate in kept]
+    fleets = curve.fleets(known)
+    planned = [backends_at(rate, fleets) or 0 for rate in kept]
     assert all(low <= high for low, high in pairwise(planned))
+    settled = {one.backends: one for one in fleets}
     for rate, backends in zip(kept, planned, strict=True):
-        assert needed(rate) <= backends <= needed(rate) + 1
-    assert (backends_at(3 * kept[-1], levels) or 0) >= needed(kept[-1])
+        step = min(each for each in curve.steps_rps if each >= rate)
+        assert step <= rate * 1.031
+        assert needed(rate) <= backends
+        if len(settled[backends - 1].tried if backends - 1 in settled else ()) < MOST_RATES:
+            assert backends <= needed(step)
+    assert (backends_at(kept[-1], fleets) or 0) == needed(kept[-1])
+    # Two searches for the ends, and a bounded number of rates for each fleet between them.
+    assert all(len(one.tried) <= MOST_RATES + 2 for one in fleets)
 
 
-def test_answers_never_fall_as_the_rate_grows_whatever_the_noise() -> None:
-    known = Made(lambda backends, rate: 1.0 if backends >= (5 if rate < 5 else 3) else 0.9)
+def test_one_backend_is_planned_up_to_the_rate_it_serves() -> None:
+    """Where one backend serves 16/s and two are needed at 27.13, the windows at 8 to 10 get one."""
+    known = Made(lambda backends, rate: 1.0 if rate <= 16.0 * backends else 0.9)
+    rates = (8.197, 8.26, 9.1, 10.1, 15.9, 16.6, 27.13)
+    curve = Curve(SUBJECT, rates, 0.05, RUNS, SUBJECT.contender)
+    known.update({cell: outcome(1.0, 1.0) for cell in curve.unloaded})
+    known.run(curve)
+    fleets = curve.fleets(known)
+    assert [backends_at(rate, fleets) for rate in rates] == [1, 1, 1, 1, 1, 2, 2]
+    one, two = fleets
+    assert (one.rate_rps, one.over_rps) == (15.9, 16.6)
+    assert (two.rate_rps, two.over_rps) == (27.13, None)
+
+
+def test_rates_that_no_fleet_serves_have_no_answer() -> None:
+    known = Made(lambda _backends, _rate: 0.9)
     curve = Curve(SUBJECT, (2.0, 9.0), 0.3, RUNS, SUBJECT.contender)
     known.update({cell: outcome(1.0, 1.0) for cell in curve.unloaded})
     known.run(curve)
-    assert [one.backends for one in curve.levels(known)] == [5, 5]
+    fleets = curve.fleets(known)
+    assert top_fleet(fleets) is None
+    assert [backends_at(rate, fleets) for rate in (2.0, 9.0, 20.0)] == [None, None, None]
 
 
-def test_between_levels_is_interpolated_and_rounded_up() -> None:
-    levels = (Sized(10.0, 4, (), ()), Sized(20.0, 8, (), ()))
-    found = [backends_at(rate, levels) for rate in (1, 10, 12.4, 12.6, 20, 40)]
-    assert found == [4, 4, 5, 6, 8, 16]
-    assert backends_at(15.0, (levels[0], Sized(20.0, None, (), ()))) is None
+def test_beyond_the_greatest_rate_is_in_proportion() -> None:
+    fleets = (Served(4, 10.0, (), 20.0, None, ((10.0, 1.0),)), Served(8, 20.0, (), None, None, ((20.0, 1.0),)))
+    assert [backends_at(rate, fleets) for rate in (1, 10, 10.1, 20, 21, 40)] == [4, 4, 8, 8, 9, 16]
+
+
+def test_a_miss_within_its_interval_is_borderline() -> None:
+    near, far = Interval(0.985, 0.975, 0.995, 3), Interval(0.95, 0.945, 0.955, 3)
+    eight = Served(8, 20.0, (), None, None, ())
+    for over, told in ((near, True), (far, False)):
+        fleets = (Served(7, 10.0, (), 15.0, over, ()), eight)
+        assert is_borderline(15.0, 8, fleets, 0.99) is told
+        assert not is_borderline(18.0, 8, fleets, 0.99)  # that rate is further off
+        assert not is_borderline(9.0, 7, fleets, 0.99)  # six were not tried
 
 
 def test_promises_are_priced_by_what_a_fleet_serves_with_and_without_them() -> None:
@@ -307,6 +341,9 @@ def test_promises_are_priced_by_what_a_fleet_serves_with_and_without_them() -> N
     assert without.per_thousand_s == pytest.approx(4000 * without.per_request_s.mean)
     assert relaxed.exact
     assert without.exact
+    assert relaxed.measurable
+    assert not replace(relaxed, per_request_s=Interval(0.02, -0.01, 0.05, 2)).measurable
+    assert not replace(relaxed, per_request_s=Interval(-0.02, -0.03, -0.01, 2)).measurable
 
 
 def test_the_split_by_tier_is_the_mean_over_the_measured_window() -> None:
@@ -404,12 +441,18 @@ def test_the_same_plan_again_runs_nothing(planner: Planner, plan: CapacityPlan) 
 def test_a_load_beyond_what_is_simulated_is_scaled_up(planner: Planner, plan: CapacityPlan) -> None:
     """Nothing is run for more than some backends; what is above is in proportion, and told."""
     assert not any(one.scaled for one in plan.windows)
-    levels = (Sized(10.0, 4, (), ()),)
+    levels = (Served(4, 10.0, (), None, None, ((10.0, 1.0),)),)
     found = day_of(planner.demand, FLEET, 100.0, 900.0)
     group = found.groups[0]
     rates = [one.load / group.cost_s for one in found.windows]
     assert max(rates) * group.cost_s > 8
     assert [backends_at(rate, levels) for rate in rates] == [math.ceil(4 * rate / 10.0 - 1e-9) for rate in rates]
+
+
+def test_a_window_of_a_few_residence_times_is_refused(planner: Planner) -> None:
+    asked = replace(planner.asked(0.95, 30.0), window_s=1.0)
+    with pytest.raises(WrongUse, match=r"--window: 1 s is too short: a request stays \d\.\d+ s .* --window 1m"):
+        make_plan(asked, planner.store, Pool(1))
 
 
 def test_the_reference_cost_counts_every_tier(planner: Planner) -> None:

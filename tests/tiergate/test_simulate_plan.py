@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from simulator.planning.demand import Window
+from simulator.planning.result import Held, PlannedWindow
 from tiergate import cli
 from tiergate.commands import UsageError
-from tiergate.commands.simulate_plan import _seconds
+from tiergate.commands.simulate_plan import _DEFAULT_PROFILE, _seconds
+from tiergate.simulate.plan_show import tenths
 
 TIERS = """\
 default_tier: loose
@@ -162,11 +166,12 @@ def test_the_whole_answer_fits_80_columns_and_is_written(
     assert max(map(len, told.out.splitlines())) <= 80
     for words in (
         "SIMULATED",
-        "Backends over the day",
+        "Backends since the start of the trace",
         "Silos",
         "What each promise costs",
         "TPOT as loose",
-        "money",
+        "money/1,000",
+        "traffic gone",
     ):
         assert words in told.out
     found = json.loads((out / "plan.json").read_bytes())
@@ -212,6 +217,7 @@ def test_a_promise_that_nothing_keeps_is_told_and_ends_with_1(
         (["--profile", "abacus"], "--profile"),
         (["--policy", "polyservo"], "--policy"),
         (["--window", "soon"], "--window"),
+        (["--window", "1s"], "--window: 1 s is too short: a request stays"),
         (["--rate-factor", "0"], "--rate-factor"),
         (["--seeds", "0"], "--seeds"),
         (["--requests", "1.5"], "--requests"),
@@ -233,11 +239,39 @@ def test_wrong_usage_names_the_option(
 def test_tiers_are_needed_where_the_trace_has_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text(ours())
-    assert run(trace) == cli.FAILED
+    assert run(trace) == cli.USAGE
     assert "--tiers: is needed" in capfd.readouterr().err
     trace.write_text("prompt_tokens,output_tokens\n10,10\n")
-    assert run(trace, "--tiers", "chat=1:1000/50") == cli.FAILED
+    assert run(trace, "--tiers", "chat=1:1000/50") == cli.USAGE
     assert "needs arrivals" in capfd.readouterr().err
+
+
+def test_a_small_day_is_folded_with_a_hint_and_the_default_profile_is_told(
+    tmp_path: Path, tiers: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(ours())
+    assert run(trace, "--tiers", tiers) == cli.DONE
+    told = " ".join(capfd.readouterr().out.split())
+    assert "2 windows in 1 lines" not in told
+    assert "2 windows in 1 line:" in told
+    assert "00:01" not in told
+    assert "--rate-factor" in told
+    assert f"No --profile was given: {_DEFAULT_PROFILE} is the default" in told
+    assert run(trace, "--tiers", tiers, "--window", "2m", "--profile", _DEFAULT_PROFILE) == cli.DONE
+    told = " ".join(capfd.readouterr().out.split())
+    assert "1 window of 2 min" in told.replace("120 s", "2 min")
+    assert "No --profile" not in told
+
+
+def test_what_tiers_hold_adds_up_to_the_fleet() -> None:
+    window = Window(0.0, 60.0, 10, 1.0, 0.5, 0)
+    third = Held((("a", 1 / 3), ("b", 1 / 3), ("c", 1 / 3)), 0.0)
+    one = PlannedWindow(window, 1, third, 0, scaled=False, borderline=False)
+    assert sum(10 * float(value) for value in tenths(one).values()) == pytest.approx(10)
+    assert sorted(tenths(one).values()) == ["0.0", "0.3", "0.3", "0.4"]
+    more = replace(one, backends=6, held=Held((("a", 2.25), ("b", 2.25), ("c", 0.25)), 1.25))
+    assert sum(10 * float(value) for value in tenths(more).values()) == pytest.approx(60)
 
 
 def test_times_are_read() -> None:

@@ -23,7 +23,7 @@ from simulator.campaign.progress import ConsoleProgress
 from simulator.campaign.run import CampaignResult, Failure, Pool, Silent
 from simulator.campaign.store import Store
 from simulator.campaign.workers import default_jobs
-from simulator.planning.demand import PlanningError, demand_of
+from simulator.planning.demand import PlanningError, WrongUse, demand_of
 from simulator.planning.plan import make_plan
 from simulator.planning.result import LEAST_MEASURED, Asked, CapacityPlan
 from simulator.report.canvas import FiguresUnavailable, need_figures
@@ -31,7 +31,8 @@ from simulator.scenario import Arrivals, Contender, Engines, FleetSpec
 from tiergate.commands import CommandFailed, UsageError
 from tiergate.commands.bench import read_mix
 from tiergate.simulate.options import MOST, Given, Options
-from tiergate.simulate.plan_show import answer, plan_json, write_files
+from tiergate.simulate.plan_files import plan_json, write_files
+from tiergate.simulate.plan_show import answer
 from tiergate.simulate.scenario import contender
 from workloads.mix import TierShare, WorkloadError
 from workloads.traces import Trace, TraceError, named_trace
@@ -71,10 +72,14 @@ def add_parser(subparsers: Subparsers) -> None:
         'ttft_ms/tpot_ms,..."; default: the tiers and promises of a request log',
     )
     parser.add_argument("--model", help="of a request log with several: plan for this one")
-    parser.add_argument("--profile", default=_DEFAULT_PROFILE, metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--profile", metavar="NAME", help=f"default: {_DEFAULT_PROFILE}")
     parser.add_argument("--target", default="0.99", help="attainment of every tier; default: %(default)s")
     parser.add_argument("--policy", default="polyserve_co", metavar="NAME[:KNOB=VALUE,...]")
-    parser.add_argument("--window", help="such as 15m or 1h; default: by the trace, at most 24 windows")
+    parser.add_argument(
+        "--window",
+        help="such as 15m or 1h; default: by the trace, at most 24 windows; "
+        "at least five times as long as a request stays",
+    )
     parser.add_argument("--rate-factor", default="1", metavar="X", help="X times the recorded requests")
     parser.add_argument(
         "--arrivals",
@@ -119,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
         if args.out is not None:
             page, *_ = write_files(plan, price, args.out, _rerun(args))
             print(f"wrote {page} and {args.out / 'plan.html'}", file=sys.stderr)
+    except WrongUse as error:
+        raise UsageError(str(error)) from error
     except PlanningError as error:
         raise CommandFailed(str(error)) from error
     except FiguresUnavailable as error:
@@ -143,7 +150,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     if measured != int(measured):
         raise UsageError(f"--requests: must be a whole number, not {args.requests}")
     startup_s = _number(args.startup_s, "--startup-s", zero=True)
-    fleet = FleetSpec((Engines(args.profile, 1),), startup_s=startup_s)
+    fleet = FleetSpec((Engines(args.profile or _DEFAULT_PROFILE, 1),), startup_s=startup_s)
     try:
         kinds_of(fleet)
     except ProfileError as error:
@@ -162,6 +169,7 @@ def _asked(args: argparse.Namespace) -> Asked:
         measured=int(measured),
         silos=not args.quick,
         costs=not args.quick,
+        default_profile=args.profile is None,
     )
 
 

@@ -9,7 +9,25 @@ from typing import TYPE_CHECKING
 from simulator.planning.result import CapacityPlan
 from simulator.report.canvas import INK, SERIES, Drawing, Panel, inline_svg
 from simulator.report.style import STYLE
-from tiergate.simulate.plan_show import LIMITS, change, clock, conditions, held_names, title, totals, warnings
+from tiergate.simulate.plan_show import (
+    COSTS_SAY,
+    DAY_SAYS,
+    FORGIVEN_SAYS,
+    LEVELS_SAY,
+    LIMITS,
+    SCALED_SAYS,
+    attained,
+    change,
+    clock,
+    conditions,
+    fleet_cell,
+    held_names,
+    saving_cells,
+    tenths,
+    title,
+    totals,
+    warnings,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +51,7 @@ def page(plan: CapacityPlan, price: float | None, rerun: str) -> str:
         "<h2>Backends over the day</h2>",
         _figure(_drawing(plan)),
         _day(plan),
-        "<h2>Simulated loads</h2>",
+        "<h2>What each fleet serves</h2>",
         _levels(plan),
         *_costs(plan, price),
         "<h2>What this does not tell</h2>",
@@ -98,58 +116,55 @@ def _day(plan: CapacityPlan) -> str:
     names = held_names(plan)
     rows = []
     for one in plan.windows:
-        own = dict(one.held.tiers)
-        attained = dict(plan.levels[one.level].attainments) if one.level is not None else {}
+        own = tenths(one)
+        level = None if one.level is None else plan.levels[one.level]
+        reached = {} if level is None else dict(level.attainments)
         rows.append(
             (
                 clock(one.window.start_s, plan.window_s),
                 f"{one.window.rate_rps:.4g}",
-                "none found" if one.backends is None else f"{one.backends}{' (scaled)' if one.scaled else ''}",
-                *(f"{own.get(name, 0.0):.1f}" for name in names),
-                f"{one.held.pool:.1f}",
-                *(_hundred(attained.get(name)) for name in plan.asked.demand.promised),
+                f"{one.window.load:.2f}",
+                fleet_cell(one),
+                *(own.get(name, "0.0") for name in names),
+                own.get("pool", "0.0"),
+                *("-" if level is None else attained(plan, reached.get(name), level) for name in _promised(plan)),
             )
         )
-    promised = [f"{name} on time, %" for name in plan.asked.demand.promised]
-    return _table(("from", "requests/s", "backends", *names, "pool" if names else "shared", *promised), rows)
+    promised = [f"{name} on time, %" for name in _promised(plan)]
+    head = ("since the start", "requests/s", "ideal", "fleet", *names, "pool" if names else "shared", *promised)
+    return _table(head, rows) + f"\n<p>{escape(f'{DAY_SAYS} {SCALED_SAYS}')}</p>"
 
 
-def _hundred(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _promised(plan: CapacityPlan) -> tuple[str, ...]:
+    return plan.asked.demand.promised
 
 
 def _levels(plan: CapacityPlan) -> str:
-    promised = plan.asked.demand.promised
     rows = (
         (
-            f"{level.rate_rps:.4g}",
             "none found" if level.backends is None else str(level.backends),
-            *(_hundred(dict(level.attainments).get(name)) for name in ("all", *promised)),
+            f"{level.rate_rps:.4g}",
+            *(attained(plan, dict(level.attainments).get(name), level) for name in ("all", *_promised(plan))),
             f"{level.seeds_reached} of {level.worst.count}",
-            "; ".join(f"{backends}: {_hundred(score)}" for backends, score in level.tried),
+            "-" if level.over_rps is None else f"{level.over_rps:.4g}",
+            "; ".join(f"{rate_rps:.4g}: {100 * score:.1f}" for _, rate_rps, score in level.tried),
         )
         for level in plan.levels
     )
-    head = ("requests/s", "backends", "all, %", *promised, "seeds that keep the target", "tried, %")
-    return _table(head, rows)
+    head = (
+        "fleet", "serves requests/s", "all, %", *_promised(plan), "seeds that keep the target", "not",
+        "worst tier by requests/s, without what is forgiven, %",
+    )  # fmt: skip
+    says = f"{LEVELS_SAY} {FORGIVEN_SAYS}" if plan.unloaded else LEVELS_SAY
+    return _table(head, rows) + f"\n<p>{escape(says)}</p>"
 
 
 def _costs(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
     if plan.priced is None or not plan.priced.savings:
         return ()
-    rows = (
-        (
-            one.tier,
-            change(one),
-            f"{plan.peak_rps * one.per_request_s.mean:.2f}",
-            "" if one.per_request_s.half is None else f"{plan.peak_rps * one.per_request_s.half:.2f}",
-            f"{one.per_thousand_s:,.0f}{'' if one.exact else ' (bound)'}",
-            "" if price is None else f"{one.per_thousand_s * price / 3600:,.4f}",
-        )
-        for one in plan.priced.savings
-    )
+    rows = ((one.tier, change(one), *saving_cells(plan, one, price)) for one in plan.priced.savings)
     head = (
-        "tier", "change", "backends saved at the peak", "± (95 %)", "backend-seconds per 1,000 of its requests",
+        "tier", "change", "backends saved at the peak", "backend-seconds per 1,000 of its requests",
         "money per 1,000",
     )  # fmt: skip
-    return ("<h2>What each promise costs</h2>", _table(head, rows))
+    return ("<h2>What each promise costs</h2>", _table(head, rows), f"<p>{escape(COSTS_SAY)}</p>")

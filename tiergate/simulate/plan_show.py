@@ -1,11 +1,10 @@
-"""What `tiergate simulate plan` prints: tables for 80 columns, and the same as JSON."""
+"""What `tiergate simulate plan` prints: tables for 80 columns."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
 
-import orjson
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,17 +12,18 @@ from rich.text import Text
 
 from profiles.catalogue import load
 from simulator.planning.costs import Saving
-from simulator.planning.result import CapacityPlan, Held, Level, PlannedWindow, Priced
+from simulator.planning.result import CapacityPlan, Level, PlannedWindow, Priced
 from simulator.planning.sizing import ALL
 from simulator.report import formats
 
 _MOST_TIERS = 4  # beside each other in one table
+_TINY = 0.5  # of a backend
 _NAME = 8  # letters of a tier's name in a heading
 LIMITS = (
     "Every number is simulated: engines are a model whose step times come from the profile. The network, failures "
     "and hits of prefix caches are not modelled; a backend that is added serves at once unless --startup-s says "
-    "otherwise. Loads are steady inside a window. Windows between two simulated loads are interpolated and "
-    "rounded up, under the lengths of all windows of their group. A tier without a promise asks for no backends: "
+    "otherwise. Loads are steady inside a window, and a fleet is judged under the lengths of all windows of its "
+    "group. A tier without a promise asks for no backends: "
     "it takes what is left."
 )
 
@@ -49,7 +49,7 @@ def conditions(plan: CapacityPlan) -> tuple[str, ...]:
     lines = [
         (
             f"{len(trace.requests):,} requests in {_span(trace.duration_s)}, played at {asked.rate_factor:g} x "
-            f"their rate; {len(plan.windows)} windows of {_span(plan.window_s)}; {own}."
+            f"their rate; {_windows(len(plan.windows))} of {_span(plan.window_s)}; {own}."
         ),
         (
             f"Target: {100 * asked.target:g} % of all requests and of every tier's are on time to their last "
@@ -57,9 +57,18 @@ def conditions(plan: CapacityPlan) -> tuple[str, ...]:
         ),
         _profile_line(plan),
     ]
+    if asked.default_profile:
+        lines.append(
+            f"No --profile was given: {asked.fleet.engines[0].profile} is the default, whatever engine the trace "
+            "was recorded on. Name yours with --profile."
+        )
     if trace.guessed:
         lines.append(f"{trace.guessed:,} requests that the log saw refused or lost count with another's length.")
     return tuple(line for line in lines if line)
+
+
+def _windows(count: int) -> str:
+    return f"{count} {'window' if count == 1 else 'windows'}"
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -98,10 +107,16 @@ def warnings(plan: CapacityPlan) -> tuple[str, ...]:
         )
     failed = [one for one in plan.windows if one.backends is None]
     if failed:
-        most = max(backends for level in plan.levels if level.backends is None for backends, _ in level.tried)
+        most = max(backends for level in plan.levels if level.backends is None for backends, *_ in level.tried)
         lines.append(
-            f"{len(failed)} windows: the target was not reached with up to {most} backends. Loosen a tier, lower "
-            "--target, or try another --policy."
+            f"{_windows(len(failed))}: the target was not reached with up to {most} backends. Loosen a tier, "
+            "lower --target, or try another --policy."
+        )
+    load = max((one.window.load for one in plan.windows), default=0.0)
+    if plan.peak == 1 and 0 < load < _TINY:
+        lines.append(
+            f"one backend serves every window, and the busiest needs only {load:.2g} of one: the trace is small "
+            f"for this engine. --rate-factor {math.ceil(4 / load):,} would ask for about four backends."
         )
     return tuple(lines)
 
@@ -136,70 +151,132 @@ def held_names(plan: CapacityPlan) -> tuple[str, ...]:
 def _day(plan: CapacityPlan) -> list[RenderableType]:
     names = held_names(plan)
     groups = [names[start : start + _MOST_TIERS] for start in range(0, len(names), _MOST_TIERS)] or [()]
+    runs = _folded(plan.windows)
     parts: list[RenderableType] = []
     for number, group in enumerate(groups):
         last = number == len(groups) - 1
         heads = [name[:_NAME] for name in group]
         table = _table(
-            "Backends over the day" if number == 0 else "",
-            ["from", "req/s", "load", "fleet", *heads, *(["pool", "worst"] if last else [])],
+            "Backends since the start of the trace" if number == 0 else "",
+            ["from", "req/s", "ideal", "fleet", *heads, *(["pool", "worst"] if last else [])],
         )
-        for one in plan.windows:
-            own = dict(one.held.tiers)
-            cells = [formats.NOTHING if not one.backends else f"{own.get(name, 0.0):.1f}" for name in group]
-            ends = [_pool(one.held, names), _worst(plan, one)] if last else []
-            table.add_row(*_window(one, plan.window_s), *cells, *ends)
+        for run in runs:
+            one = max(run, key=lambda each: each.window.load)
+            own = tenths(one)
+            cells = [formats.NOTHING if not one.backends else own.get(name, "0.0") for name in group]
+            ends = [own.get(_POOL, "0.0") if names else "shared", _worst(plan, one)] if last else []
+            table.add_row(clock(run[0].window.start_s, plan.window_s), *_window(one), *cells, *ends)
         parts.append(table)
+    lines = "1 line" if len(runs) == 1 else f"{len(runs)} lines"
+    folded = (
+        f" {_windows(len(plan.windows))} in {lines}: neighbours with the same fleet are one, with their "
+        "greatest req/s."
+        if len(runs) < len(plan.windows)
+        else ""
+    )
+    parts.append(Text(DAY_SAYS + (f" {SCALED_SAYS}" if any(one.scaled for one in plan.windows) else "") + folded))
     return parts
 
 
-def _window(one: PlannedWindow, window_s: float) -> tuple[str, ...]:
-    backends = "none" if one.backends is None else f"{one.backends}{'*' if one.scaled else ''}"
-    return clock(one.window.start_s, window_s), f"{one.window.rate_rps:.3g}", f"{one.window.load:.2f}", backends
+_POOL = "pool"
+DAY_SAYS = (
+    "ideal: backends if packing were perfect (the tier-packed reference). fleet: backends planned; ~: borderline, "
+    "one fewer misses the target by less than the interval over seeds. Then by tier those it held, and pool: "
+    "those that no tier held, mean over time at the greatest load that the fleet serves. A pool that is not empty "
+    "on average is there for bursts: without it they miss. worst: attainment in % of the tier that fares worst, "
+    "there."
+)
+SCALED_SAYS = "*: beyond the greatest simulated load, in proportion."
+FORGIVEN_SAYS = (
+    "f: below the target, but the misses beyond it are those that a fleet without load has too; they are forgiven."
+)
 
 
-def _pool(held: Held, names: Sequence[str]) -> str:
-    return f"{held.pool:.1f}" if names else "shared"
+def _folded(windows: Sequence[PlannedWindow]) -> list[list[PlannedWindow]]:
+    """Neighbours whose fleets are alike in everything, together."""
+    runs: list[list[PlannedWindow]] = []
+    for one in windows:
+        last = runs[-1][-1] if runs else None
+        if last is not None and _told(last) == _told(one):
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return runs
+
+
+def _told(one: PlannedWindow) -> tuple[int | None, int | None, bool, bool]:
+    return one.backends, one.level, one.scaled, one.borderline
+
+
+def tenths(one: PlannedWindow) -> dict[str, str]:
+    """Backends by tier and of the pool, rounded so that they add up to the fleet (largest remainders)."""
+    values = [*one.held.tiers, (_POOL, one.held.pool)]
+    whole = round(10 * math.fsum(value for _, value in values))
+    floors = {name: int(10 * value + 1e-9) for name, value in values}
+    rest = sorted(values, key=lambda item: floors[item[0]] - 10 * item[1])
+    for name, _ in rest[: max(whole - sum(floors.values()), 0)]:
+        floors[name] += 1
+    return {name: f"{tenth / 10:.1f}" for name, tenth in floors.items()}
+
+
+def _window(one: PlannedWindow) -> tuple[str, ...]:
+    return f"{one.window.rate_rps:.3g}", f"{one.window.load:.2f}", fleet_cell(one)
+
+
+def fleet_cell(one: PlannedWindow) -> str:
+    """The number with its marks."""
+    if one.backends is None:
+        return "none"
+    return f"{one.backends}{'*' if one.scaled else ''}{'~' if one.borderline else ''}"
 
 
 def _worst(plan: CapacityPlan, one: PlannedWindow) -> str:
     if one.level is None:
         return formats.NOTHING
     level = plan.levels[one.level]
-    tiers = [value for name, value in level.attainments if name != ALL]
-    return f"{100 * min(tiers, default=1.0):.1f}"
+    return attained(plan, min((value for name, value in level.attainments if name != ALL), default=1.0), level)
+
+
+def attained(plan: CapacityPlan, value: float | None, level: Level) -> str:
+    """In percent; `f` where it is below the target and the level keeps it all the same."""
+    if value is None:
+        return formats.NOTHING
+    forgiven = level.backends is not None and value < plan.asked.target
+    return f"{100 * value:.1f}{'f' if forgiven else ''}"
 
 
 def _simulated(plan: CapacityPlan) -> RenderableType:
     promised = plan.asked.demand.promised[:_MOST_TIERS]
     table = _table(
-        "Simulated loads: attainment in %, all seeds together",
-        ["req/s", "backends", "all", *(name[:_NAME] for name in promised), "seeds", "1 fewer"],
+        "What each fleet serves: attainment in %, all seeds together",
+        ["fleet", "req/s", "all", *(name[:_NAME] for name in promised), "seeds", "not", "worst"],
     )
     for level in plan.levels:
         own = dict(level.attainments)
         table.add_row(
-            f"{level.rate_rps:.4g}",
             "none" if level.backends is None else str(level.backends),
-            _hundred(own.get(ALL)),
-            *(_hundred(own.get(name)) for name in promised),
+            f"{level.rate_rps:.4g}",
+            attained(plan, own.get(ALL), level),
+            *(attained(plan, own.get(name), level) for name in promised),
             f"{level.seeds_reached}/{level.worst.count}",
-            formats.NOTHING if level.one_fewer is None else f"{100 * level.one_fewer:.2f}",
+            formats.NOTHING if level.over_rps is None else f"{level.over_rps:.4g}",
+            formats.NOTHING if level.over is None else f"{100 * level.over.mean:.1f}{_mark(plan, level)}",
         )
-    told = (
-        "load: backends the tier-packed reference would need. fleet: backends planned, then by tier those it "
-        "held, mean over time. worst: attainment in % of the tier that fares worst at the next simulated load "
-        "above. seeds: how many keep the target alone. 1 fewer: the worst tier with one backend fewer, "
-        "without the misses that a fleet without load has too."
-    )
-    scaled = (
-        " *: beyond the greatest simulated load, in proportion." if any(one.scaled for one in plan.windows) else ""
-    )
-    return Group(table, Text(told + scaled))
+    return Group(table, Text(" ".join([LEVELS_SAY, *([FORGIVEN_SAYS] if plan.unloaded else [])])))
 
 
-def _hundred(value: float | None) -> str:
-    return formats.NOTHING if value is None else f"{100 * value:.1f}"
+LEVELS_SAY = (
+    "req/s: the greatest of the windows' rates that the fleet serves, then what it attains there. seeds: how many "
+    "keep the target alone. not: the least rate tried that it does not serve, and what the worst tier attains "
+    "there (~: short of the target by less than the interval over seeds). Rates within 3 % of each other count as "
+    "the greater."
+)
+
+
+def _mark(plan: CapacityPlan, level: Level) -> str:
+    over = level.over
+    near = over is not None and over.half is not None and over.mean + over.half >= plan.asked.target
+    return "~" if near else ""
 
 
 def totals(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
@@ -227,12 +304,25 @@ def totals(plan: CapacityPlan, price: float | None) -> tuple[str, ...]:
     if silos is not None and silos.backends is not None:
         most = silos.backends * whole
         lines.append(
-            f"Silos, one pool a tier: {silos.backends} backends at the peak, static {most:.3g} backend-hours"
-            f"{money(most)}{_more(most, hours)}."
+            f"Silos, one pool a tier: {silos.backends}{' (borderline)' if silos.borderline else ''} backends at "
+            f"the peak, static {most:.3g} backend-hours{money(most)}{_more(most, hours)}.{_against(plan, peak)}"
         )
     elif silos is not None:
         lines.append("Silos, one pool a tier, did not reach the target with any number that was tried.")
     return tuple(lines)
+
+
+def _against(plan: CapacityPlan, peak: int) -> str:
+    """What is to be said of silos that need fewer backends than the plan."""
+    silos = plan.silos
+    if silos is None or silos.backends is None or silos.backends >= peak:
+        return ""
+    if any(one.borderline for one in plan.windows if one.backends == peak):
+        return " They need fewer than the plan's peak, but that is borderline: more --seeds would tell."
+    return (
+        f" They need fewer than the plan: at this load {plan.asked.contender.label} loses more by the backends it "
+        "holds for tiers than it wins by sharing them. Compare --policy qoserve_silo."
+    )
 
 
 def _more(value: float, than: float) -> str:
@@ -241,32 +331,46 @@ def _more(value: float, than: float) -> str:
 
 def _costs(plan: CapacityPlan, priced: Priced, price: float | None) -> RenderableType:
     columns = ["tier", "change", "backends at peak", "backend-s/1,000"]
-    table = _table("What each promise costs", [*columns, *(["money"] if price is not None else [])])
+    table = _table("What each promise costs", [*columns, *(["money/1,000"] if price is not None else [])])
     for one in priced.savings:
-        saved = one.per_request_s
-        half = "" if saved.half is None else f" ±{plan.peak_rps * saved.half:.1f}"
-        money = [] if price is None else [f"{one.per_thousand_s * price / 3600:,.4f}"]
-        bound = "" if one.exact else " (bound)"
-        table.add_row(
-            one.tier,
-            change(one),
-            f"{plan.peak_rps * saved.mean:.2f}{half}{bound}",
-            f"{one.per_thousand_s:,.0f}",
-            *money,
-        )
+        told = saving_cells(plan, one, price)
+        table.add_row(one.tier, change(one), *told[: 3 if price is not None else 2])
     whole_s = priced.request_cost_s.mean
-    told = (
-        "Saved by the change, at the peak and for 1,000 requests of the tier; measured on "
-        f"{priced.backends} backends at the greatest rate that keeps the target: "
-        f"1,000 requests of the whole mix cost {1e3 * whole_s:,.0f} backend-s there"
-        + ("" if price is None else f" ({1e3 * whole_s * price / 3600:,.4f} of money)")
-        + ". ±: half a 95 % interval over seeds; a saving smaller than it is none."
+    costs = f"{1e3 * whole_s:,.0f} backend-s there"
+    if price is not None:
+        costs += f", or {1e3 * whole_s * price / 3600:,.4f} in the unit of --price-per-hour"
+    measured = (
+        f"Measured on {priced.backends} backends at the greatest rate that keeps the target: 1,000 requests of "
+        f"the whole mix cost {costs}."
     )
-    return Group(table, Text(told))
+    return Group(table, Text(f"{COSTS_SAY} {measured}"))
+
+
+COSTS_SAY = (
+    "Saved by the change, at the peak (± half a 95 % interval over seeds) and for 1,000 requests of the tier. "
+    "TPOT as X: the tier's requests stay, at X's pace. traffic gone: the tier's requests are not served at all, "
+    "the others as before. no measurable saving: not above its ±. The lines are not parts of a whole: each "
+    "changes one tier and leaves the others, and what two tiers share (a backend, the room kept for bursts) is "
+    "saved with either, so that they may add up to more than the whole fleet, or to less. bound: the target was "
+    "not crossed between two rates that were tried, and the number says the least or the most."
+)
+
+
+def saving_cells(plan: CapacityPlan, one: Saving, price: float | None) -> tuple[str, str, str]:
+    """Backends at the peak, backend-seconds and money for 1,000 requests of the tier."""
+    saved = one.per_request_s
+    half = "" if saved.half is None else f" ±{plan.peak_rps * saved.half:.1f}"
+    if not one.measurable:
+        limit = f" ({half.strip()})" if half else ""
+        return f"no measurable saving{limit}", formats.NOTHING, formats.NOTHING
+    bound = "" if one.exact else " (bound)"
+    money = "" if price is None else f"{one.per_thousand_s * price / 3600:,.4f}"
+    return f"{plan.peak_rps * saved.mean:.2f}{half}{bound}", f"{one.per_thousand_s:,.0f}", money
 
 
 def change(saving: Saving) -> str:
-    return "without it" if saving.relaxed_to is None else f"TPOT as {saving.relaxed_to}"
+    """What was changed, in words that `COSTS_SAY` explains."""
+    return "traffic gone" if saving.relaxed_to is None else f"TPOT as {saving.relaxed_to}"
 
 
 def _percent(share: float) -> str:
@@ -284,98 +388,3 @@ def _span(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {rest:02} min" if rest else f"{hours} h"
     return f"{hours / 24:.3g} days"
-
-
-def plan_json(plan: CapacityPlan, price: float | None) -> bytes:
-    """The whole plan, keys sorted; the same plan gives the same bytes. Times in seconds."""
-    asked = plan.asked
-    content = {
-        "simulated": True,
-        "trace": asked.demand.trace.name,
-        "requests": len(asked.demand.trace.requests),
-        "guessed": asked.demand.trace.guessed,
-        "own_tiers": asked.demand.own_tiers,
-        "tiers": asked.demand.tiers,
-        "profile": asked.fleet.engines[0].profile,
-        "policy": asked.contender.label,
-        "target": asked.target,
-        "seeds": asked.seeds,
-        "rate_factor": asked.rate_factor,
-        "arrivals": asked.arrivals.value,
-        "window_s": plan.window_s,
-        "reached": plan.reached,
-        "impossible": asked.demand.impossible,
-        "unloaded_below_target": dict(plan.unloaded),
-        "warnings": warnings(plan),
-        "windows": [
-            {
-                "start_s": one.window.start_s,
-                "duration_s": one.window.duration_s,
-                "requests": one.window.requests,
-                "rate_rps": one.window.rate_rps,
-                "reference_backends": one.window.load,
-                "backends": one.backends,
-                "backends_by_tier": dict(one.held.tiers),
-                "pool": one.held.pool,
-                "level": one.level,
-                "scaled": one.scaled,
-            }
-            for one in plan.windows
-        ],
-        "levels": [_level_json(level) for level in plan.levels],
-        "peak_backends": plan.peak,
-        "backend_hours": plan.backend_hours,
-        "static_backend_hours": None if plan.peak is None else plan.peak * plan.hours,
-        "silos": plan.silos,
-        "price_per_hour": price,
-        "costs": None if plan.priced is None else _costs_json(plan, plan.priced),
-    }
-    option = orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
-    return orjson.dumps(content, option=option)
-
-
-def _level_json(level: Level) -> dict[str, object]:
-    return {
-        "group": level.group,
-        "rate_rps": level.rate_rps,
-        "backends": level.backends,
-        "attainment": dict(level.attainments),
-        "score": level.worst,
-        "seeds_reached": level.seeds_reached,
-        "backends_by_tier": dict(level.held.tiers),
-        "pool": level.held.pool,
-        "tried": [{"backends": backends, "score": score} for backends, score in level.tried],
-    }
-
-
-def _costs_json(plan: CapacityPlan, priced: Priced) -> dict[str, object]:
-    return {
-        "backends": priced.backends,
-        "request_cost_s": priced.request_cost_s,
-        "savings": [
-            {
-                "tier": one.tier,
-                "relaxed_to": one.relaxed_to,
-                "tier_share": one.tier_share,
-                "backends_at_peak": plan.peak_rps * one.per_request_s.mean,
-                "per_request_s": one.per_request_s,
-                "per_thousand_s": one.per_thousand_s,
-                "exact": one.exact,
-            }
-            for one in priced.savings
-        ],
-    }
-
-
-def write_files(plan: CapacityPlan, price: float | None, folder: Path, rerun: str) -> tuple[Path, ...]:
-    """`plan.json` and `plan.html`. Raises OSError and FiguresUnavailable."""
-    from tiergate.simulate.plan_page import page  # noqa: PLC0415 - only where a page is wanted
-
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        folder / "plan.json": plan_json(plan, price),
-        folder / "plan.html": page(plan, price, rerun).encode(),
-    }
-    for path, data in content.items():
-        path.write_bytes(data)
-    return tuple(content)
