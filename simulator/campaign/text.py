@@ -9,6 +9,7 @@ from simulator.campaign.goodput import EVERY_TIER, MAIN, TARGETS, Goodput, Ratio
 from simulator.campaign.interval import Interval
 from simulator.campaign.results import Confirmed, Gain, Line, Results, TrialLine
 from simulator.campaign.table import Section
+from simulator.report.formats import tier_label
 
 _SIGNS = {Bound.EXACT: "", Bound.AT_LEAST: ">= ", Bound.AT_MOST: "<= ", Bound.UNKNOWN: "? "}
 _TITLES = {
@@ -105,7 +106,8 @@ def _above(lines: Sequence[Line]) -> Iterator[tuple[Line, Target]]:
 
 
 def _trial_head(trials: Sequence[TrialLine]) -> tuple[str, ...]:
-    names = [name for name, _ in trials[0].tiers]
+    paces = {tier.name: tier.slo.tpot_s for tier in trials[0].entry.row.workload.tiers}
+    names = [tier_label(name, paces.get(name)) for name, _ in trials[0].tiers]
     return ("contender", "rate", "of reference", MAIN.judged.value, EVERY_TIER.judged.value, *names)
 
 

@@ -74,17 +74,30 @@ def need_figures() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How one series is told from the others: colour is never the only difference."""
+    """How one series is told from the others: colour is never the only difference.
+
+    Attributes:
+        linewidth: the first series are the widest, so that a line drawn over another leaves its edges to be seen.
+        markersize: the same for its hollow markers.
+    """
 
     color: str
     marker: str
     linestyle: str
+    linewidth: float
+    markersize: float
 
     @classmethod
     def of(cls, place: int) -> Look:
         """The look of the series at that place."""
         turn = place // len(SERIES)
-        return cls(SERIES[place % len(SERIES)], MARKERS[(place + turn) % len(MARKERS)], DASHES[turn % len(DASHES)])
+        return cls(
+            SERIES[place % len(SERIES)],
+            MARKERS[(place + turn) % len(MARKERS)],
+            DASHES[place % len(DASHES)],
+            max(1.3, 3.4 - 0.6 * place),
+            max(4.5, 9.0 - 1.5 * place),
+        )
 
 
 def write_png(drawing: Drawing, path: Path) -> None:

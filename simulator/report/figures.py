@@ -82,13 +82,20 @@ def _paint_curve(axes: Axes, curve: _Curve, scale: float = 1.0) -> None:
     look = Look.of(curve.place)
     ys = [scale * y.mean for _, y in curve.points]
     axes.plot(
-        xs, ys, label=curve.label, markersize=4, linewidth=1.6,
-        color=look.color, marker=look.marker, linestyle=look.linestyle,
+        xs, ys, label=curve.label, markersize=look.markersize, linewidth=look.linewidth, markerfacecolor="none",
+        markeredgewidth=1.3, color=look.color, marker=look.marker, linestyle=look.linestyle,
     )  # fmt: skip
-    sure = [(x, y.low, y.high) for x, y in curve.points if y.low is not None and y.high is not None]
-    if len(sure) > 1:
-        lows, highs = [scale * low for _, low, _ in sure], [scale * high for _, _, high in sure]
-        axes.fill_between([x for x, _, _ in sure], lows, highs, color=look.color, alpha=0.15, linewidth=0)
+    sure = [
+        (x, scale * y.mean, scale * y.low, scale * y.high)
+        for x, y in curve.points
+        if y.low is not None and y.high is not None
+    ]
+    if sure:
+        whiskers = [[y - low for _, y, low, _ in sure], [high - y for _, y, _, high in sure]]
+        axes.errorbar(
+            [x for x, *_ in sure], [y for _, y, *_ in sure], yerr=whiskers, fmt="none", ecolor=look.color,
+            elinewidth=0.9, capsize=2.0 + look.markersize / 3, capthick=0.9, alpha=0.8,
+        )  # fmt: skip
 
 
 def _curves(comparison: Comparison, value: Callable[[Point], Interval | None]) -> list[_Curve]:
@@ -107,7 +114,9 @@ def _rates(curves: Sequence[_Curve], ylabel: str, title: str, scale: float = 1.0
         axes.set_xlabel("offered rate, requests/s")
         axes.set_ylabel(ylabel)
         axes.set_title(title)
-        axes.set_ylim(bottom=0)
+        # Few seeds have whiskers far longer than any difference: the means set the scale.
+        highest = max((scale * y.mean for curve in curves for _, y in curve.points), default=1.0)
+        axes.set_ylim(0, 1.3 * highest or 1.0)
 
     return paint
 
@@ -124,7 +133,7 @@ def _attainment(prefix: str, comparison: Comparison, marks: Sequence[Mark]) -> D
                 f"{100 * _TARGET:.0f} %", (0.005, 100 * _TARGET), xycoords=("axes fraction", "data"),
                 xytext=(0, -2), textcoords="offset points", va="top", fontsize=8, color=MUTED,
             )  # fmt: skip
-            _paint_marks(axes, marks, judged)
+            _paint_marks_in_range(axes, marks, judged, comparison.rates_rps)
 
         return Panel(paint)
 
@@ -133,8 +142,9 @@ def _attainment(prefix: str, comparison: Comparison, marks: Sequence[Mark]) -> D
         prefix,
         "Attainment against the offered rate",
         "The part of the requests that kept every deadline. Left: of all. Right: of the tier that fares "
-        "worst, which a policy cannot trade away. Bands are 95 % intervals over seeds; vertical lines are the "
-        "tier-packed reference and the upper bounds.",
+        "worst, which a policy cannot trade away. Whiskers are 95 % intervals over seeds; vertical lines are the "
+        "tier-packed reference and the upper bounds; those far from the rates that were run stand in the legend "
+        "only. Where lines lie on each other, the wider one is below.",
         (
             panel("all requests", Judged.OVERALL, lambda point: point.overall.attainment),
             panel(
@@ -155,6 +165,23 @@ def _paint_marks(axes: Axes, marks: Iterable[Mark], judged: Judged) -> None:
             linestyle=_MARK_DASHES[mark.kind],
             label=f"{mark.label}, {mark.rate_rps:.3g}/s",
         )
+
+
+def _paint_marks_in_range(axes: Axes, marks: Sequence[Mark], judged: Judged, rates_rps: Sequence[float]) -> None:
+    """The axis keeps to the rates that were run: a mark far beyond them is told in words, not drawn."""
+    least, most = rates_rps[0], rates_rps[-1]
+    margin = 0.06 * (most - least)
+    near = [mark for mark in marks if least - 3 * margin <= mark.rate_rps <= most + 3 * margin]
+    _paint_marks(axes, near, judged)
+    drawn = [mark.rate_rps for mark in near if mark.judged in {None, judged}]
+    axes.set_xlim(min([least, *drawn]) - margin, max([most, *drawn]) + margin)
+    for mark in marks:
+        if mark not in near and mark.judged in {None, judged}:
+            where = "right" if mark.rate_rps > most else "left"
+            axes.plot(
+                [], [], color=MUTED, linewidth=1.1, linestyle=_MARK_DASHES[mark.kind],
+                label=f"{mark.label}, {mark.rate_rps:.3g}/s, to the {where} of these rates",
+            )  # fmt: skip
 
 
 def _cost(prefix: str, comparison: Comparison) -> Drawing:
@@ -298,7 +325,7 @@ def _scaling(lines: Mapping[str, Sequence[GoodputRow]]) -> Drawing:
         "",
         "Goodput per backend against the size of the fleet",
         "A rising line means that a larger fleet wastes less: fewer backends are left half full between tiers. "
-        "Bands are 95 % intervals.",
+        "Whiskers are 95 % intervals.",
         tuple(panel(judged) for judged in _judged(row.goodput.target for rows in lines.values() for row in rows)),
     )
 
@@ -340,7 +367,7 @@ def _floors(rows: Sequence[GainRow]) -> Drawing:
         "",
         "What tiers can win depends on the fixed step time",
         "The ratio of two goodputs against t0, the part of a step that does not depend on what is in it. The "
-        "larger it is, the more a loose tier gains from a backend of its own. Bands are 95 % intervals.",
+        "larger it is, the more a loose tier gains from a backend of its own. Whiskers are 95 % intervals.",
         tuple(panel(judged) for judged in _judged(row.target for row in rows)),
     )
 

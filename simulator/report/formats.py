@@ -35,6 +35,13 @@ def number(value: Interval | None, decimals: int = 1) -> str:
     return _with_interval(value, 1.0, decimals, "")
 
 
+def tier_label(name: str, tpot_s: float | None) -> str:
+    """One spelling everywhere: a tier that is called by its pace, such as `t20`, is shown as `20ms`."""
+    if tpot_s is None or name not in {f"t{1e3 * tpot_s:g}", f"t{round(1e3 * tpot_s)}"}:
+        return name
+    return f"{name[1:]}ms"
+
+
 def bounded(value: Interval, bound: Bound, decimals: int) -> str:
     """A value that may be a bound: `at least 12.3`. The interval of a bound would mean nothing."""
     if bound is Bound.EXACT:

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _TARGET = 0.9
-_MOST_CONTENDERS = 3
+_OWN = "polyserve"
+_SHOWN = 2
 _MOST_COLUMNS = 160
 POOL = "pool"
 
 
 def gradient_drawings(prefix: str, comparison: Comparison) -> list[Drawing]:
-    """One drawing for each of the first contenders, where the run that tells most has samples."""
+    """One drawing for the best PolyServe and one for the best baseline, where their runs have samples."""
     return [
         _drawing(f"{prefix}-gradient-{number}", prefix, run)
         for number, run in enumerate(telling_runs(comparison), start=1)
@@ -30,20 +31,34 @@ def gradient_drawings(prefix: str, comparison: Comparison) -> list[Drawing]:
 
 
 def telling_runs(comparison: Comparison) -> list[Run]:
-    """The runs whose samples are drawn: of the first contenders, where the first still does well, first seed."""
-    wanted_rps = _telling_rate(comparison)
+    """The runs whose samples are drawn: of the best on each side, where the first of them still does well."""
+    shown = _best_of_each_side(comparison)
+    wanted_rps = _telling_rate(comparison, shown[0])
     found = []
-    for contender in comparison.contenders[:_MOST_CONTENDERS]:
+    for contender in shown:
         own = [run for run in comparison.runs if run.cell.contender.label == contender]
         found.append(min(own, key=lambda run: (abs(run.cell.rate_rps - wanted_rps), run.cell.seed)))
     return found
 
 
-def _telling_rate(comparison: Comparison) -> float:
-    """The highest rate at which the first contender reaches the target, else the lowest of all."""
+def _best_of_each_side(comparison: Comparison) -> list[str]:
+    """PolyServe's best and the baselines' best, by the worst tier over all rates; else the best two."""
+
+    def kept(contender: str) -> float:
+        shares = [point.worst.attainment for point in comparison.curve(contender) if point.worst is not None]
+        return math.fsum(share.mean for share in shares if share is not None)
+
+    ranked = sorted(comparison.contenders, key=kept, reverse=True)
+    own = [name for name in ranked if name.startswith(_OWN)]
+    others = [name for name in ranked if not name.startswith(_OWN)]
+    return [own[0], others[0]] if own and others else ranked[:_SHOWN]
+
+
+def _telling_rate(comparison: Comparison, contender: str) -> float:
+    """The highest rate at which a contender reaches the target, else the lowest of all."""
     reached = [
         point.rate_rps
-        for point in comparison.curve(comparison.contenders[0])
+        for point in comparison.curve(contender)
         if point.overall.attainment is not None and point.overall.attainment.mean >= _TARGET
     ]
     return max(reached, default=comparison.rates_rps[0])

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 
 from simulator.campaign.curve import Bound
 from simulator.campaign.goodput import Judged
-from simulator.campaign.interval import Interval
 from simulator.report import formats
 from simulator.report.canvas import Drawing, inline_svg
 from simulator.report.style import STYLE
-from simulator.report.summary import Comparison, Point, TierPoint, compare
+from simulator.report.summary import Comparison, Point, compare
 from simulator.report.values import GoodputRow, Setting, Study
 from simulator.scenario import Fault, FaultKind
 from workloads.mix import TierShare
 
 _WORDS = """\
 A request keeps its promise when every token is on time: token i, counted from zero, is due at arrival + TTFT +
-i x TPOT. Attainment is the part of all offered requests that did; refused and failed ones count as missed.
+i x TPOT. A TPOT above its promise is no loss where an early first token left time. Attainment is the part of all
+offered requests that kept their promise; refused and failed ones count as missed.
 
 The goodput is the highest offered rate at which attainment reaches a target. It is given for all requests, as the
 papers score it, and for every tier, because a policy that gives up its dearest tenth still has 90 % of all.
@@ -30,6 +30,7 @@ Intervals are 95 %, Student-t over seeds. All contenders and rates share the sam
 cool-down requests load the fleet but are not scored, and every scored request is followed to its end.
 """
 
+_FEW = 2  # rates that are worth a table of their own
 _SHORT = ' class="short"'  # a number and its interval stay on one line
 
 _NOTICE = """\
@@ -74,10 +75,17 @@ def _findings(findings: Sequence[str]) -> str:
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls inside itself where it is too wide. The first column names the row."""
+    """A table that scrolls inside itself where it is too wide. The first column names the row, and stays.
+
+    A row of one cell is a heading for those below it.
+    """
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = []
     for first, *others in rows:
+        if not others:
+            group = f'<th class="group" colspan="{len(head)}" scope="rowgroup"><span>{escape(first)}</span></th>'
+            lines.append(f"<tr>{group}</tr>")
+            continue
         cells = "".join(f"<td{_SHORT if len(cell) < 26 else ''}>{escape(cell)}</td>" for cell in others)
         lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
     return (
@@ -124,8 +132,9 @@ def conditions(comparison: Comparison) -> list[tuple[str, str]]:
     setting = comparison.setting
     work, fleet = setting.workload, setting.fleet
     shares = sum(tier.share for tier in work.tiers)
+    labels = _labels(comparison)
     tiers = "; ".join(
-        f"{tier.name} {100 * tier.share / shares:.3g} % ({_promise(tier, drawn=bool(work.ttft_s))})"
+        f"{labels[tier.name]} {100 * tier.share / shares:.3g} % ({_promise(tier, drawn=bool(work.ttft_s))})"
         for tier in work.tiers
     )
     lines = [
@@ -254,81 +263,100 @@ def _ablations(study: Study) -> str:
 
 
 def _setting(comparison: Comparison, drawings: Sequence[Drawing], *, with_conditions: bool) -> str:
-    points = comparison.points
     parts = [f"<h2>{escape(comparison.setting.title)}</h2>"]
     if with_conditions:
         parts.append(_conditions(comparison))
     shown = [drawing for drawing in drawings if drawing.name.endswith(("-goodput", "-attainment"))]
     parts += [_figure(drawing) for drawing in shown]
-    parts.append(_results(points))
-    parts.append(_tiers(points))
-    parts.append(_paces(points))
-    parts.append(_effort(points))
+    parts += [_matrix(comparison), _results(comparison), _times(comparison), _effort(comparison)]
     parts += [_figure(drawing) for drawing in drawings if drawing not in shown]
     return "\n".join(parts)
 
 
-def _rate(point: Point) -> str:
-    return f"{point.rate_rps:.4g}"
+def _matrix(comparison: Comparison) -> str:
+    """What a person looks for first: the worst tier, one line a contender, one column a rate."""
+    if len(comparison.rates_rps) < _FEW or not any(point.worst for point in comparison.points):
+        return ""
+    by_place = {(point.contender, point.rate_rps): point for point in comparison.points}
+    rows = []
+    for contender in comparison.contenders:
+        points = (by_place.get((contender, rate_rps)) for rate_rps in comparison.rates_rps)
+        rows.append((contender, *(_worst(point) for point in points)))
+    head = ("contender", *(f"{rate:.4g} /s" for rate in comparison.rates_rps))
+    return _table("Attainment of the worst tier, %, by rate", head, rows)
 
 
-def _results(points: Sequence[Point]) -> str:
-    rows = (
-        (
-            point.contender,
-            _rate(point),
-            formats.percent(point.overall.attainment),
-            formats.percent(point.worst.attainment) if point.worst else formats.NOTHING,
-            point.worst.tier if point.worst else formats.NOTHING,
-            formats.percent(point.overall.attainment_one_based),
-            formats.percent(point.overall.attainment_admitted),
+def _worst(point: Point | None) -> str:
+    return formats.short_percent(point.worst.attainment if point and point.worst else None)
+
+
+def _by_rate(comparison: Comparison, cells: Callable[[Point], Sequence[str]]) -> Iterator[Sequence[str]]:
+    """A row for each contender under a heading for each rate."""
+    for rate_rps in comparison.rates_rps:
+        if len(comparison.rates_rps) > 1:
+            yield (f"{rate_rps:.4g} requests/s",)
+        for point in comparison.points:
+            if point.rate_rps == rate_rps:
+                yield (point.contender, *cells(point))
+
+
+def _labels(comparison: Comparison) -> dict[str, str]:
+    """How each tier is shown, by name."""
+    return {
+        tier.name: formats.tier_label(tier.name, tier.slo.tpot_s) for tier in comparison.setting.workload.tiers
+    }
+
+
+def _results(comparison: Comparison) -> str:
+    labels = _labels(comparison)
+    names = [labels.get(tier.tier, tier.tier) for tier in comparison.points[0].tiers]
+
+    def cells(point: Point) -> Sequence[str]:
+        return (
+            formats.short_percent(point.overall.attainment),
+            _worst(point),
+            *(formats.short_percent(tier.attainment) for tier in point.tiers),
+            formats.short_percent(point.overall.attainment_admitted),
+            formats.short_percent(point.overall.attainment_one_based),
             ", ".join(f"{reason} {count:,}" for reason, count in point.refusals) or "none",
         )
-        for point in points
-    )
-    head = (
-        "contender", "requests/s", "attainment", "worst tier", "which", "counted from one", "of admitted",
-        "refused (all seeds)",
-    )  # fmt: skip
-    return _table("Attainment with 95 % intervals over seeds", head, rows)
+
+    head = ("contender", "all", "worst", *names, "of admitted", "from one", "refused (all seeds)")
+    caption = "Attainment, %, ± half a 95 % interval over seeds"
+    return _table(caption, head, _by_rate(comparison, cells))
 
 
-def _tiers(points: Sequence[Point]) -> str:
-    names = [tier.tier for tier in points[0].tiers]
-    rows = (
-        (point.contender, _rate(point), *(formats.percent(tier.attainment) for tier in point.tiers))
-        for point in points
-    )
-    return _table("Attainment of each tier", ("contender", "requests/s", *names), rows)
+def _times(comparison: Comparison) -> str:
+    """TTFT of all, TPOT of each tier beside what was promised."""
+    labels = _labels(comparison)
+    paces = {tier.name: tier.slo.tpot_s for tier in comparison.setting.workload.tiers}
 
+    def heading(name: str) -> str:
+        pace_s = paces.get(name)
+        promised = "no promise" if pace_s is None else f"promised {1e3 * pace_s:g}"
+        return f"TPOT P99 {labels.get(name, name)}, {promised}"
 
-def _paces(points: Sequence[Point]) -> str:
-    """Two tables: P50 / P99 of every tier in a row."""
-
-    def table(name: str, pick: Callable[[TierPoint], tuple[Interval | None, Interval | None]]) -> str:
-        rows = (
-            (
-                point.contender,
-                _rate(point),
-                *(" / ".join(map(formats.milliseconds, pick(tier))) for tier in (*point.tiers, point.overall)),
+    def cells(point: Point) -> Sequence[str]:
+        every = point.overall
+        return tuple(
+            map(
+                formats.milliseconds,
+                (every.ttft_p50_s, every.ttft_p99_s, every.tpot_p50_s, *(tier.tpot_p99_s for tier in point.tiers)),
             )
-            for point in points
         )
-        head = ("contender", "requests/s", *(tier.tier for tier in (*points[0].tiers, points[0].overall)))
-        return _table(f"{name} of the requests that were served: P50 / P99, ms, mean over seeds", head, rows)
 
-    first = table("TTFT", lambda tier: (tier.ttft_p50_s, tier.ttft_p99_s))
-    return first + "\n" + table("TPOT", lambda tier: (tier.tpot_p50_s, tier.tpot_p99_s))
+    names = (heading(tier.tier) for tier in comparison.points[0].tiers)
+    head = ("contender", "TTFT P50", "TTFT P99", "TPOT P50", *names)
+    caption = "Times of the requests that were served, ms, mean over seeds"
+    return _table(caption, head, _by_rate(comparison, cells))
 
 
-def _effort(points: Sequence[Point]) -> str:
+def _effort(comparison: Comparison) -> str:
     def micro(value_s: float | None) -> str:
         return formats.NOTHING if value_s is None else f"{1e6 * value_s:,.0f}"
 
-    rows = (
-        (
-            point.contender,
-            _rate(point),
+    def cells(point: Point) -> Sequence[str]:
+        return (
             formats.number(point.cost_s, 3),
             formats.number(point.backends_busy),
             formats.number(point.backends_in_tiers),
@@ -336,13 +364,13 @@ def _effort(points: Sequence[Point]) -> str:
             micro(point.decision_p50_s),
             micro(point.decision_p99_s),
         )
-        for point in points
-    )
+
     head = (
-        "contender", "requests/s", "instance-seconds per request", "backends with work", "backends in tiers",
+        "contender", "instance-seconds per request", "backends with work", "backends in tiers",
         "preemptions", "decision P50, us", "decision P99, us",
     )  # fmt: skip
-    return _table("Cost. Decision times are this machine's and differ from run to run", head, rows)
+    caption = "Cost. Decision times are this machine's and differ from run to run"
+    return _table(caption, head, _by_rate(comparison, cells))
 
 
 def _profiles(study: Study) -> str:

@@ -19,12 +19,15 @@ def verdicts(comparison: Comparison) -> tuple[str, ...]:
     Policies are level where the 95 % interval of their difference, paired by seed, contains zero; but not where
     all seeds say the same of a difference that counts: few seeds have wide intervals, and that is said.
     """
-    found = []
+    found, sure = [], True
     for rate_rps in comparison.rates_rps:
         points = [point for point in comparison.points if point.rate_rps == rate_rps and point.worst is not None]
         if points:
-            found.append(_verdict(comparison, sorted(points, key=_kept, reverse=True)))
-    return tuple(found)
+            ranked = sorted(points, key=_kept, reverse=True)
+            differences = {point.contender: _differences(comparison, ranked[0], point) for point in ranked[1:]}
+            found.append(_verdict(comparison, ranked, differences))
+            sure = sure and all(_is_sure(own) or _is_level(own) for own in differences.values())
+    return tuple(found) if sure else (*found, _unsure(len(comparison.seeds)))
 
 
 def _kept(point: Point) -> float:
@@ -32,11 +35,10 @@ def _kept(point: Point) -> float:
     return 0.0 if interval is None else interval.mean
 
 
-def _verdict(comparison: Comparison, ranked: Sequence[Point]) -> str:
-    """`ranked`: of one rate, by what is kept in the worst tier, best first."""
+def _verdict(comparison: Comparison, ranked: Sequence[Point], differences: Mapping[str, Sequence[float]]) -> str:
+    """`ranked`: of one rate, by what is kept in the worst tier; `differences`: of the first to the others."""
     first, rest = ranked[0], ranked[1:]
-    by_contender = {point.contender: _differences(comparison, first, point) for point in rest}
-    level = [first, *(point for point in rest if _is_level(by_contender[point.contender]))]
+    level = [first, *(point for point in rest if _is_level(differences[point.contender]))]
     behind = [point for point in rest if point not in level]
     start = f"At {first.rate_rps:.4g} requests/s"
     if not rest:
@@ -50,8 +52,6 @@ def _verdict(comparison: Comparison, ranked: Sequence[Point]) -> str:
     parts += _busy(level, comparison.setting.fleet.backends)
     if _kept(first) < _TARGET:
         parts.append(f"Nobody keeps {100 * _TARGET:.0f} % of every tier at this rate.")
-    if behind and not all(_is_sure(by_contender[point.contender]) for point in behind):
-        parts.append(_unsure(len(first.seeds)))
     return " ".join(parts)
 
 
@@ -72,8 +72,11 @@ def _busy(level: Sequence[Point], backends: int) -> list[str]:
 
 def _unsure(seeds: int) -> str:
     if seeds == 1:
-        return "One seed has no interval: take more --seeds before you call it a difference."
-    return f"All {seeds} seeds agree, but are too few for an interval without zero: take --seeds {2 * seeds}."
+        return "One seed has no interval: take more --seeds before you call any of this a difference."
+    return (
+        f"Not all of these differences are certain: the {seeds} seeds agree on them, but are too few for an "
+        f"interval without zero. Take --seeds {2 * seeds}."
+    )
 
 
 def _is_sure(differences: Sequence[float]) -> bool:

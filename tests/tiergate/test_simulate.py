@@ -253,7 +253,17 @@ def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 def test_what_does_nothing_is_told(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rate", "20", "--seeds", "1", "--policy", "random", "--fault", "down:backend=1,from=900,for=1"]
-    options += ["--tiers", "a=0.5:500/20,b=0.4:500/-", "--view-age-ms", "50", "--prefill-backends", "1", "--quiet"]
+    options += [
+        "--tiers",
+        "a=0.5:500/20,b=0.4:500/-",
+        "--view-age-ms",
+        "50",
+        "--prefill-backends",
+        "1",
+        "--quiet",
+        "--jobs",
+        "1",
+    ]
     assert cli.main(["simulate", "--scenario", str(ran.scenario), *options]) == cli.DONE
     told = " ".join(capsys.readouterr().out.split())
     assert "Faults: backend 1 down from 900 s for 1 s. Runs took" in told
@@ -267,9 +277,10 @@ def test_what_does_nothing_is_told(ran: Ran, capsys: pytest.CaptureFixture[str])
 
 def test_the_best_budget_is_tried_first_and_named(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rate", "60", "--policy", "lmetric:chunk_tokens=best", "--quiet"]
+    options += ["--seeds", "1", "--requests", "20", "--jobs", "1"]
     assert cli.main(["simulate", "--scenario", str(ran.scenario), *options]) == cli.DONE
     told = " ".join(capsys.readouterr().out.split())
-    assert "the best budget of short runs (one seed, 30 requests" in told
+    assert "the best budget of short runs (one seed, 10 requests" in told
     assert "4096 keeps" in told
     assert "lmetric(chunk_tokens=" in told
     assert "best)" not in told

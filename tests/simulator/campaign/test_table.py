@@ -186,7 +186,7 @@ def test_bursts_are_told_tier_by_tier() -> None:
     found = results(entries, found_in(entries))
     assert len(found.trials) == 4
     assert [name for name, _ in found.trials[0].tiers] == ["t20", "t100"]  # the fake's
-    assert "t100" in report_text(found)
+    assert "100ms" in report_text(found)
 
 
 def test_ablations_are_compared_with_the_whole() -> None:

@@ -80,7 +80,7 @@ def test_every_figure_is_a_picture(written: Written) -> None:
 def test_a_study_has_every_kind_of_figure(study: Study) -> None:
     names = [drawing.name for drawing in draw(study)]
     assert len(names) == len(set(names))
-    assert {"s1-attainment", "s1-gradient-3", "s1-goodput", "scaling", "t0", "ablation"} <= set(names)
+    assert {"s1-attainment", "s1-gradient-2", "s1-goodput", "scaling", "t0", "ablation"} <= set(names)
 
 
 def test_parquet_has_its_columns_without_a_row(tmp_path: Path) -> None:

@@ -76,12 +76,11 @@ def test_it_is_well_formed_and_has_every_table(html: str) -> None:
     told = " | ".join(reader.captions)
     for caption in (
         "Conditions", "Goodput with 95 % intervals", "Ratios of goodputs", "one mechanism taken out",
-        "Attainment with 95 % intervals", "Attainment of each tier", "TTFT of the requests",
-        "TPOT of the requests", "Cost.", "Latency profiles",
+        "Attainment of the worst tier", "Attainment, %, ±", "Times of the requests", "Cost.", "Latency profiles",
     ):  # fmt: skip
         assert caption in told
     assert len(reader.ids) == len(set(reader.ids))
-    assert reader.tags.count("figure") == html.count("<figcaption>") == 11
+    assert reader.tags.count("figure") == html.count("<figcaption>") == 10
 
 
 def test_it_refers_to_nothing_outside(html: str) -> None:
@@ -135,6 +134,23 @@ def test_it_tells_the_conditions(study: Study) -> None:
     setting = replace(comparison.setting, fleet=replace(comparison.setting.fleet, faults=(fault,)))
     told = dict(conditions(replace(comparison, setting=setting)))
     assert told["failures"] == "backend 3 2 times as slow from 20 s for 10 s"
+
+
+def test_rates_head_their_rows_and_promises_stand_beside_the_pace(html: str) -> None:
+    assert html.count(">40 requests/s</span>") == 3
+    assert "TPOT P99 20ms, promised 20" in html
+    assert "no loss where an early first token left time" in html
+
+
+def test_a_tier_that_is_called_by_its_pace_has_one_spelling(study: Study) -> None:
+    (comparison,) = compare(study.runs)
+    work = comparison.setting.workload
+    tiers = tuple(
+        replace(tier, name=name) for tier, name in zip(work.tiers, ("t20", "t3", "t50", "x"), strict=True)
+    )
+    setting = replace(comparison.setting, workload=replace(work, tiers=tiers))
+    told = dict(conditions(replace(comparison, setting=setting)))["tiers"]
+    assert [part.split()[0] for part in told.split("; ")] == ["20ms", "t3", "50ms", "x"]
 
 
 def test_a_bound_is_not_shown_as_a_value(study: Study) -> None:

@@ -24,8 +24,7 @@ def told(kept: Mapping[str, Sequence[int]], busy: Mapping[str, float] | None = N
             used = (busy or {}).get(name, 5.0) * model.window_s
             outcome = replace(model, tiers=tuple(tiers), backend_seconds_busy=used)
             runs.append(Run(made_cell(Contender(name), seed=seed), outcome))
-    (sentence,) = verdicts(compare(runs)[0])
-    return sentence
+    return " ".join(verdicts(compare(runs)[0]))
 
 
 def test_the_best_is_named_with_the_next_and_its_busy_backends() -> None:
@@ -50,8 +49,8 @@ def test_a_tie_goes_to_the_fewest_busy_backends() -> None:
 def test_few_seeds_that_agree_are_no_tie_but_not_sure() -> None:
     found = told({"random": (500, 700), "polyserve_co": (890, 800)})
     assert "polyserve_co (84.5 % of 30ms) keeps most" in found
-    assert "All 2 seeds agree, but are too few" in found
-    assert "take --seeds 4" in found
+    assert "the 2 seeds agree on them, but are too few" in found
+    assert "Take --seeds 4" in found
     assert "Nobody keeps 90 % of every tier" in found
 
 
