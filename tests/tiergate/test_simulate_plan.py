@@ -170,7 +170,7 @@ def test_the_whole_answer_fits_80_columns_and_is_written(
         "Silos",
         "What each promise costs",
         "TPOT as loose",
-        "money/1,000",
+        "money/1k",
         "traffic gone",
     ):
         assert words in told.out

@@ -110,7 +110,7 @@ def warnings(plan: CapacityPlan) -> tuple[str, ...]:
         most = max(backends for level in plan.levels if level.backends is None for backends, *_ in level.tried)
         lines.append(
             f"{_windows(len(failed))}: the target was not reached with up to {most} backends. Loosen a tier, "
-            "lower --target, or try another --policy."
+            f"lower --target, or try another --policy.{_nearest(plan)}"
         )
     load = max((one.window.load for one in plan.windows), default=0.0)
     if plan.peak == 1 and 0 < load < _TINY:
@@ -119,6 +119,15 @@ def warnings(plan: CapacityPlan) -> tuple[str, ...]:
             f"for this engine. --rate-factor {math.ceil(4 / load):,} would ask for about four backends."
         )
     return tuple(lines)
+
+
+def _nearest(plan: CapacityPlan) -> str:
+    """How near the largest fleet came where none keeps the target."""
+    level = next((one for one in plan.levels if one.backends is None and one.over is not None), None)
+    if level is None or level.over is None:
+        return ""
+    borderline = ", short by less than the interval over seeds" if _mark(plan, level) else ""
+    return f" The worst tier came to {_percent(level.over.mean)}{borderline}."
 
 
 def answer(plan: CapacityPlan, price: float | None) -> RenderableType:
@@ -330,11 +339,11 @@ def _more(value: float, than: float) -> str:
 
 
 def _costs(plan: CapacityPlan, priced: Priced, price: float | None) -> RenderableType:
-    columns = ["tier", "change", "backends at peak", "backend-s/1,000"]
-    table = _table("What each promise costs", [*columns, *(["money/1,000"] if price is not None else [])])
+    columns = ["tier", "change", "backends at peak", "backend-s/1k"]
+    table = _table("What each promise costs", [*columns, *(["money/1k"] if price is not None else [])])
     for one in priced.savings:
         told = saving_cells(plan, one, price)
-        table.add_row(one.tier, change(one), *told[: 3 if price is not None else 2])
+        table.add_row(one.tier[:_NAME], change(one), *told[: 3 if price is not None else 2])
     whole_s = priced.request_cost_s.mean
     costs = f"{1e3 * whole_s:,.0f} backend-s there"
     if price is not None:
@@ -347,9 +356,9 @@ def _costs(plan: CapacityPlan, priced: Priced, price: float | None) -> Renderabl
 
 
 COSTS_SAY = (
-    "Saved by the change, at the peak (± half a 95 % interval over seeds) and for 1,000 requests of the tier. "
-    "TPOT as X: the tier's requests stay, at X's pace. traffic gone: the tier's requests are not served at all, "
-    "the others as before. no measurable saving: not above its ±. The lines are not parts of a whole: each "
+    "Saved by the change, at the peak (± half a 95 % interval over seeds) and for 1,000 requests of the tier "
+    "(1k). TPOT as X: the tier's requests stay, at X's pace. traffic gone: the tier's requests are not served at "
+    "all, the others as before. no measurable saving: not above its ±. The lines are not parts of a whole: each "
     "changes one tier and leaves the others, and what two tiers share (a backend, the room kept for bursts) is "
     "saved with either, so that they may add up to more than the whole fleet, or to less. bound: the target was "
     "not crossed between two rates that were tried, and the number says the least or the most."
@@ -361,8 +370,7 @@ def saving_cells(plan: CapacityPlan, one: Saving, price: float | None) -> tuple[
     saved = one.per_request_s
     half = "" if saved.half is None else f" ±{plan.peak_rps * saved.half:.1f}"
     if not one.measurable:
-        limit = f" ({half.strip()})" if half else ""
-        return f"no measurable saving{limit}", formats.NOTHING, formats.NOTHING
+        return "no measurable saving", formats.NOTHING, formats.NOTHING
     bound = "" if one.exact else " (bound)"
     money = "" if price is None else f"{one.per_thousand_s * price / 3600:,.4f}"
     return f"{plan.peak_rps * saved.mean:.2f}{half}{bound}", f"{one.per_thousand_s:,.0f}", money
