@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,7 @@ _VARIABLES: Mapping[str, str] = MappingProxyType(
 )
 _PANEL_INCHES = (5.0, 3.2)
 _LEGEND_INCHES = 0.19
+_LEGEND_CHARACTERS = 68  # of two labels, in a panel's width
 
 
 class FiguresUnavailable(Exception):
@@ -149,12 +150,19 @@ def _paint(figure: Figure | SubFigure, panel: Panel) -> int:
         text.set_color(INK)
         text.set_fontsize(10)
     handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if len(handles) > 1 else 1
+    columns = _legend_columns([str(label) for label in labels])
     if handles:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False, labelcolor=INK
         )
     return math.ceil(len(handles) / columns)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Two where they fit beside each other: matplotlib fills the left one first."""
+    half = math.ceil(len(labels) / 2)
+    widest = [max(map(len, part), default=0) for part in (labels[:half], labels[half:])]
+    return 2 if len(labels) > 1 and sum(widest) <= _LEGEND_CHARACTERS else 1
 
 
 def _for_page(svg: str, name: str, says: str) -> str:

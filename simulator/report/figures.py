@@ -144,7 +144,7 @@ def _attainment(prefix: str, comparison: Comparison, marks: Sequence[Mark]) -> D
         "The part of the requests that kept every deadline. Left: of all. Right: of the tier that fares "
         "worst, which a policy cannot trade away. Whiskers are 95 % intervals over seeds; vertical lines are the "
         "tier-packed reference and the upper bounds; those far from the rates that were run stand in the legend "
-        "only. Where lines lie on each other, the wider one is below.",
+        "with an arrow. Where lines lie on each other, the wider one is below.",
         (
             panel("all requests", Judged.OVERALL, lambda point: point.overall.attainment),
             panel(
@@ -177,10 +177,10 @@ def _paint_marks_in_range(axes: Axes, marks: Sequence[Mark], judged: Judged, rat
     axes.set_xlim(min([least, *drawn]) - margin, max([most, *drawn]) + margin)
     for mark in marks:
         if mark not in near and mark.judged in {None, judged}:
-            where = "right" if mark.rate_rps > most else "left"
+            arrow = "→" if mark.rate_rps > most else "←"
             axes.plot(
                 [], [], color=MUTED, linewidth=1.1, linestyle=_MARK_DASHES[mark.kind],
-                label=f"{mark.label}, {mark.rate_rps:.3g}/s, to the {where} of these rates",
+                label=f"{mark.label}, {mark.rate_rps:.3g}/s {arrow}",
             )  # fmt: skip
 
 

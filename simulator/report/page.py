@@ -87,7 +87,7 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> 
             lines.append(f"<tr>{group}</tr>")
             continue
         cells = "".join(f"<td{_SHORT if len(cell) < 26 else ''}>{escape(cell)}</td>" for cell in others)
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{escape(first).replace("(", "<wbr>(")}</th>{cells}</tr>')
     return (
         f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead>\n<tbody>'
         + "\n".join(lines)

@@ -27,11 +27,12 @@ thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 500; }
 .short { white-space: nowrap; }
 tbody th[scope=row], thead th:first-child { position: sticky; left: 0; background: var(--paper);
-  overflow-wrap: anywhere; min-width: 6rem; max-width: 15rem; }
+  overflow-wrap: break-word; min-width: 6rem; max-width: 15rem; }
 .group { padding-top: .9rem; color: var(--muted); font-weight: 600; }
 .group span { position: sticky; left: 0; }
 @media (max-width: 34rem) { main { padding: 1rem .6rem 3rem; } table { font-size: .78rem; }
-  th, td { padding-right: .5rem; } tbody th[scope=row], thead th:first-child { max-width: 6.5rem; } }
+  th, td { padding-right: .5rem; } tbody th[scope=row], thead th:first-child { max-width: 6.5rem;
+  overflow-wrap: anywhere; } }
 figure { margin: 1.4rem 0; }
 .panels { display: flex; flex-wrap: wrap; gap: 1rem; }
 .panel { flex: 1 1 20rem; min-width: 0; max-width: 34rem; }

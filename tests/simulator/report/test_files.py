@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from simulator.outcome import Timing
 from simulator.report import canvas, files
-from simulator.report.canvas import FiguresUnavailable
+from simulator.report.canvas import FiguresUnavailable, Look
 from simulator.report.figures import draw
 from simulator.report.files import (
     ParquetUnavailable,
@@ -22,7 +23,9 @@ from simulator.report.files import (
     write_parquet,
     write_report,
 )
+from simulator.report.gradient import telling_runs
 from simulator.report.rows import CellRow, TierRow, cell_rows
+from simulator.report.summary import compare
 from simulator.report.values import Run, Study
 from tests.simulator.report.conftest import made_runs
 
@@ -75,6 +78,27 @@ def test_every_figure_is_a_picture(written: Written) -> None:
     names = {"s1-attainment", "s1-cost", "s1-ttft", "s1-tpot", "s1-gradient-1", "ablation"}
     assert {path.stem for path in pictures} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_bound_far_from_the_rates_is_told_and_does_not_stretch_the_axis(study: Study) -> None:
+    far = replace(study.marks[0], label="far bound", rate_rps=900.0)
+    (drawing,) = [item for item in draw(replace(study, marks=(*study.marks, far))) if item.name == "s1-attainment"]
+    axes = Figure().add_subplot()
+    drawing.panels[0].paint(axes)
+    assert axes.get_xlim()[1] < 80
+    assert "far bound, 900/s →" in axes.get_legend_handles_labels()[1]
+
+
+def test_the_best_of_each_side_is_drawn_over_time(study: Study) -> None:
+    (comparison,) = compare(study.runs)
+    swapped = replace(comparison, contenders=comparison.contenders[::-1])
+    for each in (comparison, swapped):
+        assert [run.cell.contender.name for run in telling_runs(each)] == ["polyserve_co", "co_chunk"]
+
+
+def test_lines_on_each_other_differ_in_width_and_dashes() -> None:
+    looks = [Look.of(place) for place in range(4)]
+    assert len({look.linewidth for look in looks}) == len({look.linestyle for look in looks}) == 4
 
 
 def test_a_study_has_every_kind_of_figure(study: Study) -> None:

@@ -18,7 +18,7 @@ from simulator.scenario import Fault, FaultKind
 from tests.simulator.report.conftest import found, made_cell
 
 FLEET = made_cell().fleet
-_VOID = {"meta", "br", "img", "link", "hr", "input"}
+_VOID = {"meta", "br", "img", "link", "hr", "input", "wbr"}
 
 
 class Reader(HTMLParser):
