@@ -35,7 +35,7 @@ _VARIABLES: Mapping[str, str] = MappingProxyType(
 )
 _PANEL_INCHES = (5.0, 3.2)
 _LEGEND_INCHES = 0.19
-_LEGEND_CHARACTERS = 68  # of two labels, in a panel's width
+_LEGEND_CHARACTERS = 60  # of two labels, in a panel's width
 
 
 class FiguresUnavailable(Exception):

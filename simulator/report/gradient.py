@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from simulator.outcome import Sample
 from simulator.report.canvas import DASHES, GRADIENT, INK, MUTED, SERIES, Drawing, Panel
+from simulator.report.formats import tier_label
 from simulator.report.summary import Comparison
 from simulator.report.values import Run
 
@@ -70,6 +71,8 @@ def _drawing(name: str, section: str, run: Run) -> Drawing:
     names = {key for sample in samples for key in sample.backends}
     tiers = [tier for tier in order if tier in names] + sorted(names - set(order) - {POOL})
     tiers += [POOL] if POOL in names else []
+    paces = {tier.name: tier.slo.tpot_s for tier in run.cell.workload.tiers}
+    shown = {tier: tier_label(tier, paces.get(tier)) for tier in tiers}
     return Drawing(
         name,
         section,
@@ -77,7 +80,7 @@ def _drawing(name: str, section: str, run: Run) -> Drawing:
         "Left: one row a backend, the most loaded of each tier on top; colour is its predicted steady step time "
         "over the pace of its tier. A gradient shows as rows that fade downwards. Right: how many backends each "
         "tier holds, or have work where a policy knows no tiers. One seed, the whole run with warm-up and drain.",
-        (Panel(lambda axes: _paint_loads(axes, samples, tiers), 1.15), Panel(_servers(samples, tiers), 1.15)),
+        (Panel(lambda axes: _paint_loads(axes, samples, shown), 1.15), Panel(_servers(samples, shown), 1.15)),
     )
 
 
@@ -87,14 +90,16 @@ def thin(samples: Sequence[Sample], most: int) -> tuple[Sample, ...]:
     return tuple(samples[::every])
 
 
-def _paint_loads(axes: Axes, samples: Sequence[Sample], tiers: Sequence[str]) -> None:
+def _paint_loads(axes: Axes, samples: Sequence[Sample], shown: Mapping[str, str]) -> None:
+    """`shown`: what each tier is called, in order."""
+    tiers = [*shown]
     rows: list[list[float]] = []
     ticks: list[tuple[float, str]] = []
     for tier in tiers:
         most = max(len(sample.backends.get(tier, ())) for sample in samples)
         if not most:
             continue
-        ticks.append((len(rows) + (most - 1) / 2, "no tiers" if [*tiers] == [POOL] else tier))
+        ticks.append((len(rows) + (most - 1) / 2, "no tiers" if tiers == [POOL] else shown[tier]))
         for place in range(most):
             loads = [sample.backends.get(tier, ()) for sample in samples]
             rows.append([load[place] if place < len(load) else math.nan for load in loads])
@@ -117,9 +122,9 @@ def _paint_loads(axes: Axes, samples: Sequence[Sample], tiers: Sequence[str]) ->
     bar.outline.set_visible(False)
 
 
-def _servers(samples: Sequence[Sample], tiers: Sequence[str]) -> Callable[[Axes], None]:
+def _servers(samples: Sequence[Sample], shown: Mapping[str, str]) -> Callable[[Axes], None]:
     """How many backends each tier holds; without tiers, where all are the pool's, how many have work."""
-    tierless = [*tiers] == [POOL]
+    tierless = [*shown] == [POOL]
 
     def count(sample: Sample, tier: str) -> int:
         loads = sample.backends.get(tier, ())
@@ -129,10 +134,10 @@ def _servers(samples: Sequence[Sample], tiers: Sequence[str]) -> Callable[[Axes]
         from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - an extra
 
         times = [sample.at_s for sample in samples]
-        for place, tier in enumerate(tiers):
+        for place, tier in enumerate(shown):
             axes.step(
                 times, [count(sample, tier) for sample in samples], where="post", linewidth=1.6,
-                label="with work" if tierless else tier,
+                label="with work" if tierless else shown[tier],
                 color=MUTED if tier == POOL else SERIES[place % len(SERIES)],
                 linestyle=DASHES[place % len(DASHES)],
             )  # fmt: skip
