@@ -9,7 +9,7 @@ The method, step by step (`docs/simulate.md` tells it to users):
    number of backends between the two the greatest rate of a window that it serves (`curve`): every tier with a
    promise, and all of them together, keep the target over all seeds, each answer really simulated
    (`simulator.cell.run_cell`, the same requests for every number and rate). A window gets the smallest fleet
-   whose rate covers its own, so equal rates get equal fleets. For each number at most five rates are tried.
+   whose rate covers its own, so equal loads get equal fleets. For each number at most five rates are tried.
    A load beyond what may be simulated is scaled up in proportion from the greatest that is: larger fleets pool
    better, so this is on the safe side.
 3. What sharing saves: the same for silos, one pool a tier, at the greatest load.

@@ -278,7 +278,7 @@ LEVELS_SAY = (
     "req/s: the greatest of the windows' rates that the fleet serves, then what it attains there. seeds: how many "
     "keep the target alone. not: the least rate tried that it does not serve, and what the worst tier attains "
     "there (~: short of the target by less than the interval over seeds). Rates within 3 % of each other count as "
-    "the greater."
+    "the greater. Rates here are of requests of mean cost; a window of dearer ones counts as more (see ideal)."
 )
 
 
