@@ -165,11 +165,6 @@ class Offered:
         return self._missed / self._drawn if self._drawn else 0.0
 
     @property
-    def mean_prompt_tokens(self) -> float:
-        """Of the whole trace."""
-        return sum(row.prompt_tokens for row in self.trace.requests) / len(self.trace.requests)
-
-    @property
     def mean_output_tokens(self) -> float:
         """Of the whole trace."""
         return sum(row.output_tokens for row in self.trace.requests) / len(self.trace.requests)

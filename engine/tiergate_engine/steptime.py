@@ -14,6 +14,7 @@ over the first `RAMP_TOKENS` prefill tokens of a step instead, so that step time
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,8 +30,41 @@ _SECANT_TRIES = 10
 _MAX_SHARPNESS = 32.0  # beyond, the smooth maximum is a maximum and its power could overflow
 
 
+class _StepTime(ABC):
+    """What follows from `seconds_of` alone, the same for every step time."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def seconds_of(
+        self,
+        prefill_tokens: int,
+        prefill_seqs: int,
+        prefill_context_tokens: int,
+        prefill_attention: float,
+        decode_seqs: int,
+        decode_kv_tokens: float,
+    ) -> float:
+        """`seconds` without building a `Step`."""
+
+    def seconds(self, step: Step) -> float:
+        """Predicted duration of `step`; 0.0 for an empty one."""
+        return self.seconds_of(
+            step.prefill_tokens,
+            step.prefill_seqs,
+            step.prefill_context_tokens,
+            step.prefill_attention,
+            step.decode_seqs,
+            step.decode_kv_tokens,
+        )
+
+    def chunk_tokens(self, base: Step, within_s: float, context_tokens: int, limit_tokens: int) -> int:
+        """The largest chunk behind `context_tokens` that keeps `base` plus it within a time; see `StepTime`."""
+        return largest_chunk(self.seconds_of, base, within_s, context_tokens, limit_tokens)
+
+
 @dataclass(frozen=True, slots=True)
-class RooflineStepTime:
+class RooflineStepTime(_StepTime):
     """A step's time from its six sums: memory-bound and compute-bound parts joined by a smooth maximum.
 
     With T batched tokens, n decodes, kv their contexts' sum, c prefill tokens, p and a the chunks' context and
@@ -113,17 +147,6 @@ class RooflineStepTime:
         roof = weights * (1.0 + (ratio * tokens) ** s) ** (1.0 / s) if weights else 0.0
         return fixed + per_token * tokens + roof
 
-    def seconds(self, step: Step) -> float:
-        """Predicted duration of `step`; 0.0 for an empty one."""
-        return self.seconds_of(
-            step.prefill_tokens,
-            step.prefill_seqs,
-            step.prefill_context_tokens,
-            step.prefill_attention,
-            step.decode_seqs,
-            step.decode_kv_tokens,
-        )
-
     def seconds_of(
         self,
         prefill_tokens: int,
@@ -156,10 +179,6 @@ class RooflineStepTime:
                 return 0.0
             return self._decode[decode_seqs] + self.per_kv_s * decode_kv_tokens
         return self.seconds_of(0, 0, 0, 0.0, decode_seqs, decode_kv_tokens)
-
-    def chunk_tokens(self, base: Step, within_s: float, context_tokens: int, limit_tokens: int) -> int:
-        """The largest chunk behind `context_tokens` that keeps `base` plus it within a time; see `StepTime`."""
-        return largest_chunk(self.seconds_of, base, within_s, context_tokens, limit_tokens)
 
 
 _COEFFICIENTS = (
@@ -222,7 +241,7 @@ def largest_chunk(
 
 
 @dataclass(frozen=True, slots=True)
-class TableStepTime:
+class TableStepTime(_StepTime):
     """Measured tables with a formula around them. Decode-only and mixed steps have tables of their own.
 
     With the letters of `RooflineStepTime`, a step takes
@@ -312,17 +331,6 @@ class TableStepTime:
             return curve.values_s[-1] + self._scales[2] * self.beyond.per_attention_s * more
         return curve.at(area)
 
-    def seconds(self, step: Step) -> float:
-        """Predicted duration of `step`; 0.0 for an empty one."""
-        return self.seconds_of(
-            step.prefill_tokens,
-            step.prefill_seqs,
-            step.prefill_context_tokens,
-            step.prefill_attention,
-            step.decode_seqs,
-            step.decode_kv_tokens,
-        )
-
     def seconds_of(
         self,
         prefill_tokens: int,
@@ -353,17 +361,13 @@ class TableStepTime:
         linear = self._few_tokens[decode_seqs] if decode_seqs <= _DENSE_SEQS else self._linear_seconds(decode_seqs)
         return linear + self._decode_part(decode_seqs, decode_kv_tokens)
 
-    def chunk_tokens(self, base: Step, within_s: float, context_tokens: int, limit_tokens: int) -> int:
-        """The largest chunk behind `context_tokens` that keeps `base` plus it within a time; see `StepTime`."""
-        return largest_chunk(self.seconds_of, base, within_s, context_tokens, limit_tokens)
-
 
 def _scale(table_s: float, formula_s: float) -> float:
     return table_s / formula_s if table_s > 0.0 and formula_s > 0.0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledStepTime:
+class ScaledStepTime(_StepTime):
     """Another step time, corrected by one factor per regime.
 
     A decode-only step takes `decode_factor` times the base's prediction, a mixed one `mixed_factor` times it.
@@ -383,17 +387,6 @@ class ScaledStepTime:
         for name, value in (("decode_factor", self.decode_factor), ("mixed_factor", self.mixed_factor)):
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"{name} is {value!r}: a correction factor is positive and finite")
-
-    def seconds(self, step: Step) -> float:
-        """Predicted duration of `step`; 0.0 for an empty one."""
-        return self.seconds_of(
-            step.prefill_tokens,
-            step.prefill_seqs,
-            step.prefill_context_tokens,
-            step.prefill_attention,
-            step.decode_seqs,
-            step.decode_kv_tokens,
-        )
 
     def seconds_of(
         self,
@@ -428,13 +421,9 @@ class ScaledStepTime:
         """A step of decodes only: the steady state."""
         return self.decode_factor * self.base.decode_seconds(decode_seqs, decode_kv_tokens)
 
-    def chunk_tokens(self, base: Step, within_s: float, context_tokens: int, limit_tokens: int) -> int:
-        """The largest chunk behind `context_tokens` that keeps `base` plus it within a time; see `StepTime`."""
-        return largest_chunk(self.seconds_of, base, within_s, context_tokens, limit_tokens)
-
 
 @dataclass(frozen=True, slots=True)
-class ShiftedStepTime:
+class ShiftedStepTime(_StepTime):
     """Another step time with more fixed time: every step that holds anything takes `extra_s` longer.
 
     Raises:
@@ -447,10 +436,6 @@ class ShiftedStepTime:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.extra_s) and self.extra_s >= 0.0):
             raise ValueError(f"extra_s is {self.extra_s!r}: it is a finite number of seconds >= 0")
-
-    def seconds(self, step: Step) -> float:
-        """Predicted duration of `step`; 0.0 for an empty one."""
-        return self.base.seconds(step) + self.extra_s if step.tokens else 0.0
 
     def seconds_of(
         self,
@@ -476,7 +461,3 @@ class ShiftedStepTime:
     def decode_seconds(self, decode_seqs: int, decode_kv_tokens: float) -> float:
         """A step of decodes only: the steady state."""
         return self.extra_s + self.base.decode_seconds(decode_seqs, decode_kv_tokens) if decode_seqs else 0.0
-
-    def chunk_tokens(self, base: Step, within_s: float, context_tokens: int, limit_tokens: int) -> int:
-        """The largest chunk behind `context_tokens` that keeps `base` plus it within a time; see `StepTime`."""
-        return largest_chunk(self.seconds_of, base, within_s, context_tokens, limit_tokens)

@@ -46,7 +46,8 @@ class Line:
         rates: how many were run with every seed.
         guided: one rate, moved along the curves of an earlier campaign.
         confirmed: None where nothing was confirmed.
-        above_ceiling: targets whose goodput no policy could have: a bug somewhere.
+        above_ceiling: targets whose goodput no policy could keep up for long. A finite run may lawfully be a
+            little above it (`simulator.bounds.check_not_above` is exact for one run); more is a bug somewhere.
     """
 
     entry: Entry

@@ -102,6 +102,9 @@ def _findings(found: Results) -> Iterator[str]:
             )
     for line in found.lines:
         for target in line.above_ceiling:
-            yield f"{line.entry.row.name}: {line.label} is above a true bound at {target.label}, which is a bug."
+            yield (
+                f"{line.entry.row.name}: {line.label} is above what can be kept up for long at {target.label}: by "
+                "little, its window flattered it; by more, there is a bug."
+            )
     for entry in found.unfinished:
         yield f"{entry.row.name}: {entry.name} is missing, because cells of it failed."

@@ -50,7 +50,7 @@ def _section(section: Section, found: Results) -> Iterator[str]:
         of_row = [gain for gain in gains if gain.row == row]
         if of_row:
             yield "\n".join(_gain(gain) for gain in of_row) + "\n"
-        yield from (f"ABOVE A TRUE BOUND: {line.label} {target.label}" for line, target in _above(own))
+        yield from (f"ABOVE THE LONG-RUN BOUND: {line.label} {target.label}" for line, target in _above(own))
     if trials:
         yield table_text(_trial_head(trials), [_trial_cells(trial) for trial in trials])
 

@@ -332,7 +332,6 @@ def test_an_impossible_workload_is_refused(wrong: Cell, trace: Trace, message: s
 def test_a_cell_names_its_trace() -> None:
     found = offered(cell(workload=workload(trace="uniform:10-20/1-5")))
     assert all(10 <= one.request.prompt_tokens <= 20 and 1 <= one.output_tokens <= 5 for one in found)
-    assert found.mean_prompt_tokens == pytest.approx(15, abs=0.3)
     assert found.mean_output_tokens == pytest.approx(3, abs=0.1)
 
 

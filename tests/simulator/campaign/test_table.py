@@ -171,7 +171,7 @@ def test_what_no_policy_can_have_is_called_a_bug() -> None:
     (line,) = results(entries, known).lines
     assert line.main.bound is Bound.AT_LEAST
     assert MAIN in line.above_ceiling
-    assert "ABOVE A TRUE BOUND" in report_text(results(entries, known))
+    assert "ABOVE THE LONG-RUN BOUND" in report_text(results(entries, known))
 
 
 def test_entries_whose_cells_failed_are_named() -> None:
