@@ -14,7 +14,7 @@ over the first `RAMP_TOKENS` prefill tokens of a step instead, so that step time
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,8 +30,9 @@ _SECANT_TRIES = 10
 _MAX_SHARPNESS = 32.0  # beyond, the smooth maximum is a maximum and its power could overflow
 
 
-class _StepTime(ABC):
-    """What follows from `seconds_of` alone, the same for every step time."""
+class _StepTime:
+    """What follows from `seconds_of` alone, the same for every step time. No ABC: compiled, a slotted dataclass
+    cannot derive from one."""
 
     __slots__ = ()
 
