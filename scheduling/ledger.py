@@ -173,7 +173,7 @@ class Ledger:
         self._forget_steps()
         if not resident.lost:
             self._raise_floor(resident, queued=not resident.first_token)
-            self._loosen(resident)
+            self._loosen()
         self._growth.leave(resident, self.foreign.peak_kv_tokens)
         self._read_growth()
 
@@ -200,12 +200,13 @@ class Ledger:
         else:
             self.slack_floor = tuple(floor.items())
 
-    def _loosen(self, gone: Resident) -> None:
-        """The tightest pace on board, after one left it or lost its promise."""
-        if gone.tpot_s > self.tightest_tpot_s:
-            return
-        standing = [one.tpot_s for one in self.residents.values() if not one.lost and one is not gone]
-        self.tightest_tpot_s = min(standing, default=math.inf)
+    def _loosen(self) -> None:
+        """The tightest pace on board, after somebody left it or lost its promise: the floors name every pace that
+        anybody still stands for."""
+        self.tightest_tpot_s = min(
+            [tpot_s for tpot_s, _ in self.slack_floor] + [tpot_s for tpot_s, _ in self.queued_slack_floor],
+            default=math.inf,
+        )
 
     def first_token(self, lease_id: str, now_s: float) -> None:
         resident = self.residents.get(lease_id)
@@ -234,7 +235,7 @@ class Ledger:
         left_s = resident.due_s - now_s
         if left_s < 0.0:
             resident.lost = True
-            self._loosen(resident)
+            self._loosen()
             return
         floor = dict(self.slack_floor)
         if left_s < floor.get(resident.tpot_s, math.inf):
@@ -343,17 +344,17 @@ class Ledger:
 
     def progressed(self, progress: Sequence[tuple[str, int]], now_s: float) -> None:
         """Streams were at so many tokens, by lease."""
-        find = self.residents.get
+        residents = self.residents
         made = decodes = 0
         for lease_id, tokens in progress:
-            resident = find(lease_id)
+            resident = residents.get(lease_id)
             if resident is not None and resident.first_token:
                 made += tokens - resident.generated_tokens
                 decodes += 1
                 resident.advance(tokens, now_s)
         self._take_newcomer_in()
         drift = self._growth.shift(made / decodes) if decodes else 0.0
-        if drift >= RECOUNT_TOKENS or self._unstreamed or not self.residents:
+        if drift >= RECOUNT_TOKENS or self._unstreamed or not residents:
             self.refresh(now_s)
         else:
             self._walk(now_s)
