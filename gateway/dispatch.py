@@ -39,7 +39,7 @@ from scheduling.events import (
     TimePassed,
 )
 from scheduling.requests import Request
-from state.contract import Changed, Granted, Store, StoreUnavailable
+from state.contract import Changed, Granted, HeldEvent, Store, StoreUnavailable
 
 _STORE_TRIES = 3
 _STORE_PAUSE_S = 0.05
@@ -303,6 +303,8 @@ class Shell:
 
     async def _watch(self) -> None:
         async for event in self._store.watch():
+            if isinstance(event, HeldEvent):
+                continue
             stands = event.load.membership
             self.feed(MembershipChanged(event.backend, stands.tier, stands.epoch))
             self.feed(LoadPublished(event.backend, event.load.foreign))

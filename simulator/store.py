@@ -14,7 +14,7 @@ from typing import TypeVar
 from scheduling import events as ev
 from scheduling.load import LoadVector, ReserveCandidate
 from simulator.agenda import Agenda
-from state.contract import BackendLoad, Changed, Granted, Membership
+from state.contract import BackendLoad, Changed, Granted, Membership, Publication
 from state.memory import MemoryState, MemoryStore
 
 
@@ -53,7 +53,7 @@ class SimStore:
         return ev.HandBackRefused(backend, membership.tier, membership.epoch)
 
     def publish(self, backend: str, own: LoadVector) -> None:
-        _now(self._store.publish(backend, own, self._store.sequence_of(backend) + 1))
+        _now(self._store.publish([Publication(backend, own, self._store.sequence_of(backend) + 1)]))
 
     def view(self) -> Mapping[str, BackendLoad]:
         return _now(self._store.view())

@@ -4,12 +4,16 @@ Load is reserved by **lease**: `reserve` adds a request's cost to one backend, `
 idempotent by `lease_id`, so an answer that was lost is simply asked for again. Each replica writes only its own
 part of a backend's load; totals are sums over live replicas. Membership (which tier a backend is in) changes by
 compare-and-set on an **epoch** that only rises.
+
+A replica that stops beating leaves **orphan** load, which still counts towards every limit until the engine's own
+count shows it gone or twice the lease time has passed. Between machines travel only ages and remaining times.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from scheduling.load import LoadVector, ReserveCandidate
@@ -64,11 +68,57 @@ class BackendLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class Publication:
+    """What a replica measured of its own load on one backend. `sequence`: see `Store.sequence_of`."""
+
+    backend: str
+    own: LoadVector
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The request of one tier and model that a replica holds and that is due first.
+
+    Attributes:
+        due_in_s: until its deadline, from when this was told.
+        decodes, kv_tokens: the room it needs on a backend.
+    """
+
+    model: str
+    tier: str
+    due_in_s: float
+    decodes: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreEvent:
     """Something another replica did: a backend's membership or foreign load is now this."""
 
     backend: str
     load: BackendLoad
+
+
+@dataclass(frozen=True, slots=True)
+class HeldEvent:
+    """What another replica holds, all of it; nothing when it holds nobody, or is gone."""
+
+    replica: str
+    held: tuple[Held, ...]
+
+
+class Mode(Enum):
+    """How a replica stands with the shared state."""
+
+    SHARED = "shared"
+    """Every reservation is checked against what all replicas carry."""
+
+    ALONE = "alone"
+    """The store does not answer: the replica keeps to its share of what was free when it last knew."""
+
+    HEALING = "healing"
+    """The store answers again, but may not know yet what the others carry: the share still holds."""
 
 
 class StoreUnavailable(Exception):
@@ -102,11 +152,12 @@ class Store(Protocol):
         """
         ...
 
-    async def publish(self, backend: str, own: LoadVector, sequence: int) -> bool:
-        """Replace what this replica carries on a backend by what it measured itself.
+    async def publish(self, publications: Sequence[Publication], held: Sequence[Held] = ()) -> frozenset[str]:
+        """Replace what this replica carries on some backends by what it measured itself, and what it holds.
 
-        `sequence` rises with every publish of this replica for this backend; an older one, or one taken before
-        the last reservation there (see `sequence_of`), is refused: False.
+        A publication's sequence rises with every publish of this replica for that backend; an older one, or one
+        taken before the last reservation there (see `sequence_of`), is refused. Returns the backends of those that
+        were taken. All in one round trip, and also a sign of life.
         """
         ...
 
@@ -127,8 +178,28 @@ class Store(Protocol):
         """Every known backend as it stands."""
         ...
 
-    def watch(self) -> AsyncIterator[StoreEvent]:
-        """What other replicas do, as it happens. Ends when the store is closed."""
+    def watch(self) -> AsyncIterator[StoreEvent | HeldEvent]:
+        """What other replicas do, as it happens (within tens of milliseconds). Ends when the store is closed."""
+        ...
+
+    async def note_engine(self, backend: str, sequences: int) -> None:
+        """The engine itself says how many sequences it has, running and waiting. Orphan load that it no longer
+        has ends."""
+        ...
+
+    @property
+    def mode(self) -> Mode:
+        """How this replica stands with the shared state."""
+        ...
+
+    @property
+    def replicas(self) -> int:
+        """Live replicas, this one included, as far as is known."""
+        ...
+
+    async def run(self) -> None:
+        """Beat, listen, and heal what an outage left. Runs until it is cancelled; its owner starts it once, before
+        anything else is asked of the store."""
         ...
 
     async def close(self) -> None:

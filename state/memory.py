@@ -19,11 +19,16 @@ from state.contract import (
     Conflict,
     Denied,
     Granted,
+    Held,
+    HeldEvent,
     Membership,
+    Mode,
+    Publication,
     StoreEvent,
     StoreUnavailable,
 )
 from state.parts import Part
+from state.watch import Watch
 
 _NOWHERE = Membership(None, 0)
 _REMEMBERED_ENDINGS = 16_384
@@ -104,6 +109,11 @@ class MemoryState:
             if name != replica:
                 store._notice(backend)
 
+    def _tell_held(self, replica: str, held: tuple[Held, ...]) -> None:
+        for name, store in self._replicas.items():
+            if name != replica:
+                store._notice_held(HeldEvent(replica, held))
+
 
 class MemoryStore:
     """One replica's handle (`state.contract.Store`). `MemoryStore()` is a store with one replica."""
@@ -114,7 +124,8 @@ class MemoryStore:
         self._leases: dict[str, _Lease] = {}
         self._ended: set[str] = set()
         self._ended_order: deque[str] = deque()
-        self._watches: weakref.WeakSet[_Watch] = weakref.WeakSet()
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._held: tuple[Held, ...] = ()
         self._closed = False
 
     async def add_backend(self, backend: str, tier: str | None) -> Membership:
@@ -160,17 +171,24 @@ class MemoryStore:
         if lease is not None:
             self._end(lease)
 
-    async def publish(self, backend: str, own: LoadVector, sequence: int) -> bool:
+    async def publish(self, publications: Sequence[Publication], held: Sequence[Held] = ()) -> frozenset[str]:
         self._check_open()
-        home = self._state._homes.get(backend)
+        taken = frozenset([one.backend for one in publications if self._publish(one)])
+        if tuple(held) != self._held:
+            self._held = tuple(held)
+            self._state._tell_held(self._name, self._held)
+        return taken
+
+    def _publish(self, one: Publication) -> bool:
+        home = self._state._homes.get(one.backend)
         if home is None:
             return False
         part = home.part(self._name)
-        if sequence <= part.sequence:
+        if one.sequence <= part.sequence:
             return False
-        part.publish(own, sequence)
-        part.wrote(self._state._clock(), own.age_s)
-        self._state._tell_others(self._name, backend)
+        part.publish(one.own, one.sequence)
+        part.wrote(self._state._clock(), one.own.age_s)
+        self._state._tell_others(self._name, one.backend)
         return True
 
     def sequence_of(self, backend: str) -> int:
@@ -195,16 +213,31 @@ class MemoryStore:
         self._check_open()
         return {name: self._load(home) for name, home in self._state._homes.items()}
 
-    def watch(self) -> AsyncIterator[StoreEvent]:
+    def watch(self) -> AsyncIterator[StoreEvent | HeldEvent]:
         """See the contract. Listens from this call on; changes of one backend that were not fetched yet become one
         event, so a slow reader holds at most one per backend. A removed backend is not told of.
         """
-        watch = _Watch(self._event)
+        watch = Watch(self._event)
         if self._closed:
             watch.end()
         else:
             self._watches.add(watch)
         return watch
+
+    async def note_engine(self, backend: str, sequences: int) -> None:
+        """See the contract. In one process no replica goes without taking its load along."""
+
+    @property
+    def mode(self) -> Mode:
+        return Mode.SHARED
+
+    @property
+    def replicas(self) -> int:
+        return len(self._state._replicas) or 1
+
+    async def run(self) -> None:
+        """See the contract. Memory needs no upkeep."""
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         """See the contract. Idempotent."""
@@ -216,6 +249,8 @@ class MemoryStore:
             self._end(lease)
         self._leases.clear()
         state._replicas.pop(self._name, None)
+        if self._held:
+            state._tell_held(self._name, ())
         for backend, home in state._homes.items():
             if home.parts.pop(self._name, None) is not None:
                 state._tell_others(self._name, backend)
@@ -281,41 +316,10 @@ class MemoryStore:
         for watch in self._watches:
             watch.notice(backend)
 
+    def _notice_held(self, event: HeldEvent) -> None:
+        for watch in self._watches:
+            watch.notice_held(event)
+
     def _check_open(self) -> None:
         if self._closed:
             raise StoreUnavailable(f"the store handle of replica {self._name!r} is closed")
-
-
-class _Watch:
-    """One reader of changes. It keeps names only and looks the load up when asked, so events are never stale."""
-
-    __slots__ = ("__weakref__", "_changed", "_ended", "_look", "_pending")
-
-    def __init__(self, look: Callable[[str], StoreEvent | None]) -> None:
-        self._look = look
-        self._pending: dict[str, None] = {}
-        self._changed = asyncio.Event()
-        self._ended = False
-
-    def notice(self, backend: str) -> None:
-        self._pending[backend] = None
-        self._changed.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._changed.set()
-
-    def __aiter__(self) -> _Watch:
-        return self
-
-    async def __anext__(self) -> StoreEvent:
-        while not self._ended:
-            while self._pending:
-                backend = next(iter(self._pending))
-                del self._pending[backend]
-                event = self._look(backend)
-                if event is not None:
-                    return event
-            self._changed.clear()
-            await self._changed.wait()
-        raise StopAsyncIteration

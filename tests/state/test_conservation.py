@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from scheduling.load import Cost, Limits, LoadVector, ReserveCandidate
-from state.contract import Changed, Conflict, Denied, Granted, Membership, Store
+from state.contract import Changed, Conflict, Denied, Granted, Membership, Publication, Store
 
 from .conftest import CLUSTERS
 
@@ -170,9 +170,9 @@ class StoreMachine(RuleBasedStateMachine):
         store = self.stores[replica]
         sequence = store.sequence_of(backend)
         if late:
-            assert not self.run(store.publish(backend, LoadVector(99, 99, 99), sequence))
+            assert not self.run(store.publish([Publication(backend, LoadVector(99, 99, 99), sequence)]))
         else:
-            assert self.run(store.publish(backend, measured, sequence + 1))
+            assert self.run(store.publish([Publication(backend, measured, sequence + 1)]))
             self.published.add((replica, backend))
             self.overstated.discard((replica, backend))
 

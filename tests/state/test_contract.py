@@ -8,7 +8,19 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 
 from scheduling.load import Cost, Limits, LoadVector
-from state.contract import BackendLoad, Changed, Conflict, Denied, Granted, Membership, Store, StoreEvent
+from state.contract import (
+    BackendLoad,
+    Changed,
+    Conflict,
+    Denied,
+    Granted,
+    Held,
+    HeldEvent,
+    Membership,
+    Publication,
+    Store,
+    StoreEvent,
+)
 
 from .conftest import Asking, Cluster
 
@@ -37,9 +49,22 @@ async def epoch_of(store: Store, backend: str) -> int:
     return (await standing(store, backend)).membership.epoch
 
 
-async def next_event(events: AsyncIterator[StoreEvent]) -> StoreEvent:
+async def next_event(events: AsyncIterator[StoreEvent | HeldEvent]) -> StoreEvent:
+    """The next about a backend."""
     async with asyncio.timeout(PATIENCE_S):
-        return await anext(events)
+        async for event in events:
+            if isinstance(event, StoreEvent):
+                return event
+    raise AssertionError("the store ended the watch")
+
+
+async def next_held(events: AsyncIterator[StoreEvent | HeldEvent]) -> HeldEvent:
+    """The next about what a replica holds."""
+    async with asyncio.timeout(PATIENCE_S):
+        async for event in events:
+            if isinstance(event, HeldEvent):
+                return event
+    raise AssertionError("the store ended the watch")
 
 
 class TestBackends:
@@ -219,7 +244,7 @@ class TestPublish:
         await store.reserve("1", [asking("x", epoch)])
         await other.reserve("2", [asking("x", epoch)])
         measured = LoadVector(1, 120, 10, {"chat": 1})
-        assert await store.publish("x", measured, store.sequence_of("x") + 1)
+        assert await store.publish([Publication("x", measured, store.sequence_of("x") + 1)])
         assert await own(store, "x") == plain(measured)
         assert plain((await standing(other, "x")).foreign) == plain(measured)
         assert await own(other, "x") == ONE
@@ -229,15 +254,17 @@ class TestPublish:
         await store.reserve("1", [asking("x", epoch)])
         limits = Limits(10, 10**9, 60)
         assert isinstance(await other.reserve("2", [asking("x", epoch, limits=limits)]), Denied)
-        assert await store.publish("x", LoadVector(1, 100, 10, {"chat": 1}), store.sequence_of("x") + 1)
+        assert await store.publish(
+            [Publication("x", LoadVector(1, 100, 10, {"chat": 1}), store.sequence_of("x") + 1)]
+        )
         assert isinstance(await other.reserve("2", [asking("x", epoch, limits=limits)]), Granted)
 
     async def test_reordered_publishes_keep_the_newest(self, store: Store) -> None:
         await store.add_backend("x", "chat")
         base = store.sequence_of("x")
-        assert await store.publish("x", LoadVector(2, 20, 0), base + 2)
-        assert not await store.publish("x", LoadVector(1, 10, 0), base + 1)
-        assert not await store.publish("x", LoadVector(3, 30, 0), base + 2)
+        assert await store.publish([Publication("x", LoadVector(2, 20, 0), base + 2)])
+        assert not await store.publish([Publication("x", LoadVector(1, 10, 0), base + 1)])
+        assert not await store.publish([Publication("x", LoadVector(3, 30, 0), base + 2)])
         assert await own(store, "x") == (2, 20, 0, {})
         assert store.sequence_of("x") == base + 2
 
@@ -245,7 +272,7 @@ class TestPublish:
         epoch = (await store.add_backend("x", "chat")).epoch
         sequence = store.sequence_of("x")
         await store.reserve("1", [asking("x", epoch)])
-        assert not await store.publish("x", LoadVector(), sequence + 1)
+        assert not await store.publish([Publication("x", LoadVector(), sequence + 1)])
         assert await own(store, "x") == ONE
 
     async def test_a_measurement_from_before_a_release_is_refused(self, store: Store, asking: Asking) -> None:
@@ -253,7 +280,7 @@ class TestPublish:
         await store.reserve("1", [asking("x", epoch)])
         sequence = store.sequence_of("x")
         await store.release("1")
-        assert not await store.publish("x", LoadVector(1, 100, 0, {"chat": 1}), sequence + 1)
+        assert not await store.publish([Publication("x", LoadVector(1, 100, 0, {"chat": 1}), sequence + 1)])
         assert await own(store, "x") == IDLE
 
     async def test_another_replicas_writes_do_not_make_it_old(
@@ -262,19 +289,21 @@ class TestPublish:
         epoch = (await store.add_backend("x", "chat")).epoch
         sequence = store.sequence_of("x")
         await other.reserve("1", [asking("x", epoch)])
-        assert await store.publish("x", LoadVector(), sequence + 1)
+        assert await store.publish([Publication("x", LoadVector(), sequence + 1)])
 
     async def test_a_denied_reservation_does_not_make_it_old(self, store: Store, asking: Asking) -> None:
         epoch = (await store.add_backend("x", "chat")).epoch
         sequence = store.sequence_of("x")
         await store.reserve("1", [asking("x", epoch + 1)])
-        assert await store.publish("x", LoadVector(), sequence + 1)
+        assert await store.publish([Publication("x", LoadVector(), sequence + 1)])
 
     async def test_a_release_after_it_never_goes_below_zero(self, store: Store, asking: Asking) -> None:
         epoch = (await store.add_backend("x", "chat")).epoch
         for lease in ("1", "2"):
             await store.reserve(lease, [asking("x", epoch, cost=Cost(2, 100, 50, "chat", 50.0))])
-        assert await store.publish("x", LoadVector(1, 10, 5, {"chat": 1}), store.sequence_of("x") + 1)
+        assert await store.publish(
+            [Publication("x", LoadVector(1, 10, 5, {"chat": 1}), store.sequence_of("x") + 1)]
+        )
         await store.release("1")
         assert await own(store, "x") == (0, 0, 5, {})
         await store.release("2")
@@ -285,14 +314,25 @@ class TestPublish:
     ) -> None:
         epoch = (await store.add_backend("x", "chat")).epoch
         await store.reserve("1", [asking("x", epoch)])
-        assert await store.publish("x", LoadVector(1, 80, 20, {"chat": 1}), store.sequence_of("x") + 1)
+        assert await store.publish(
+            [Publication("x", LoadVector(1, 80, 20, {"chat": 1}), store.sequence_of("x") + 1)]
+        )
         await store.reserve("2", [asking("x", epoch, cost=Cost(4, 1000, 500, "code", 20.0))])
         assert await own(store, "x") == (5, 1080, 520, {"chat": 1, "code": 4})
         await store.release("2")
         assert await own(store, "x") == (1, 80, 20, {"chat": 1})
 
+    async def test_several_at_once_are_taken_each_for_itself(self, store: Store, asking: Asking) -> None:
+        epoch = (await store.add_backend("x", "chat")).epoch
+        await store.add_backend("y", "chat")
+        before = {name: store.sequence_of(name) for name in "xy"}
+        await store.reserve("1", [asking("x", epoch)])
+        both = [Publication(name, LoadVector(2, 20, 2), before[name] + 1) for name in "xy"]
+        assert await store.publish(both) == {"y"}
+        assert [await own(store, name) for name in "xy"] == [ONE, (2, 20, 2, NOBODY)]
+
     async def test_to_a_backend_that_is_gone_is_refused(self, store: Store) -> None:
-        assert not await store.publish("nowhere", LoadVector(1, 1, 1), 1)
+        assert not await store.publish([Publication("nowhere", LoadVector(1, 1, 1), 1)])
         assert store.sequence_of("nowhere") == 0
 
 
@@ -356,9 +396,9 @@ class TestMembership:
 
     async def test_not_while_a_measured_load_stands(self, store: Store, other: Store) -> None:
         epoch = (await store.add_backend("x", "chat")).epoch
-        assert await other.publish("x", LoadVector(0, 0, 7), 1)
+        assert await other.publish([Publication("x", LoadVector(0, 0, 7), 1)])
         assert isinstance(await store.hand_back("x", epoch), Conflict)
-        assert await other.publish("x", LoadVector(), 2)
+        assert await other.publish([Publication("x", LoadVector(), 2)])
         assert isinstance(await store.hand_back("x", epoch), Changed)
 
     async def test_not_under_an_old_epoch(self, store: Store, other: Store) -> None:
@@ -400,7 +440,7 @@ class TestWatch:
         assert (await next_event(events)).load.membership == Membership("chat", epoch)
         await other.reserve("l", [asking("x", epoch)])
         assert plain((await next_event(events)).load.foreign) == ONE
-        await other.publish("x", LoadVector(1, 90, 0, {"chat": 1}), other.sequence_of("x") + 1)
+        await other.publish([Publication("x", LoadVector(1, 90, 0, {"chat": 1}), other.sequence_of("x") + 1)])
         assert plain((await next_event(events)).load.foreign) == (1, 90, 0, {"chat": 1})
         await other.release("l")
         assert plain((await next_event(events)).load.foreign) == IDLE
@@ -409,6 +449,25 @@ class TestWatch:
         assert changed.tier == "code"
         await other.hand_back("x", changed.epoch)
         assert (await next_event(events)).load.membership.tier is None
+
+    async def test_tells_what_others_hold(self, store: Store, other: Store) -> None:
+        events = store.watch()
+        held = (Held("m", "chat", 0.25, 1, 900),)
+        await store.publish((), (Held("m", "code", 0.1, 1, 100),))  # its own is not told
+        await other.publish((), held)
+        event = await next_held(events)
+        (told,) = event.held
+        assert (told.model, told.tier, told.decodes, told.kv_tokens) == ("m", "chat", 1, 900)
+        assert 0.0 <= told.due_in_s <= 0.25
+        await other.publish(())
+        assert await next_held(events) == HeldEvent(event.replica, ())
+
+    async def test_a_replica_that_closes_holds_nobody(self, store: Store, other: Store) -> None:
+        events = store.watch()
+        await other.publish((), (Held("m", "chat", 0.25, 1, 900),))
+        assert (await next_held(events)).held
+        await other.close()
+        assert not (await next_held(events)).held
 
     async def test_a_reader_that_waits_is_woken(self, store: Store, other: Store) -> None:
         events = store.watch()
@@ -440,7 +499,7 @@ class TestWatch:
         assert await _drain(later) == []
 
 
-async def _drain(events: AsyncIterator[StoreEvent]) -> list[StoreEvent]:
+async def _drain(events: AsyncIterator[StoreEvent | HeldEvent]) -> list[StoreEvent | HeldEvent]:
     async with asyncio.timeout(PATIENCE_S):
         return [event async for event in events]
 
@@ -451,7 +510,7 @@ class TestClose:
         await other.reserve("kept", [asking("x", epochs["x"])])
         for i, name in enumerate("xyxy"):
             await store.reserve(f"{i}", [asking(name, epochs[name])])
-        assert await store.publish("y", LoadVector(2, 300, 9), store.sequence_of("y") + 1)
+        assert await store.publish([Publication("y", LoadVector(2, 300, 9), store.sequence_of("y") + 1)])
         await store.close()
         await store.close()
         view = await other.view()
