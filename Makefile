@@ -12,7 +12,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo                a mixed-tier workload on four emulated engines, compared with two baselines"
 	@echo "make demo ENGINE=vllm    the same, smaller, in front of real vLLM on CPU"
-	@echo "make test                lint, types and all tests, those against a real vLLM on CPU included"
+	@echo "make test                lint, types and all tests, those against real Redis, Valkey and vLLM on CPU included"
 	@echo "make unit                the tests that need no real engine"
 	@echo "make lint                ruff and mypy"
 	@echo "make bench               what decisions, step filling and the emulated engine cost here"
@@ -52,10 +52,15 @@ lint: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: .venv/.ready
+# The tests start servers of their own; this sees to it that there is a redis-server to start.
+.PHONY: redis
+redis: .venv/.ready
+	$(BIN)/python deploy/redis/install.py
+
+unit: redis
 	$(BIN)/pytest -m "not real_engine"
 
-test: lint
+test: lint redis
 	$(BIN)/pytest
 
 bench: .venv/.ready

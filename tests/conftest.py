@@ -18,6 +18,7 @@ from hypothesis import settings
 
 from deploy import server_process
 from deploy.server_process import ServerProcess
+from tests.servers import DataServer, Kind
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = [
@@ -134,3 +135,17 @@ def _direct_loopback() -> Iterator[None]:
         patch.setenv("NO_PROXY", ",".join(sorted(hosts)))
         patch.setenv("no_proxy", ",".join(sorted(hosts)))
         yield
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataServer]:
+    """A real Redis that all tests of a run share: leave it running, and use a fleet of your own in it."""
+    with DataServer(Kind.REDIS, tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataServer]:
+    """The same with a real Valkey."""
+    with DataServer(Kind.VALKEY, tmp_path_factory.mktemp("valkey")) as server:
+        yield server
