@@ -5,6 +5,7 @@ Every value is checked when it is read; an unknown key is refused with the neare
 
 from __future__ import annotations
 
+import hashlib
 import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -25,6 +26,7 @@ ENV_PREFIX = "TIERGATE_"
 PositiveMs = Annotated[float, Field(gt=0, le=3_600_000, allow_inf_nan=False)]
 PositiveS = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/-]*$")]
 
 
@@ -105,12 +107,30 @@ class PolicySettings(_Model):
 
 
 class KeySettings(_Model):
-    """One client key: whose it is, the tier it gets when it asks for none, and the tightest it may ask for."""
+    """One client key: whose it is, the tier it gets when it asks for none, and the tightest it may ask for.
 
-    key: SecretStr
+    It is given as it is (`key`) or by the SHA-256 of its bytes in hexadecimal (`sha256`).
+    """
+
+    key: SecretStr | None = None
+    sha256: Sha256 | None = None
     tenant: str
     tier: str | None = None
     tightest_tier: str | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError(f"the key of {self.tenant} needs either `key` or `sha256`")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the key, however it was given."""
+        if self.key is None:
+            assert self.sha256 is not None
+            return self.sha256
+        return key_digest(self.key.get_secret_value())
 
 
 class BodyLimits(_Model):
@@ -153,6 +173,45 @@ class TokenSettings(_Model):
     usage_every: PositiveInt = 1
 
 
+class StoreKind(Enum):
+    """Where the shared state is."""
+
+    MEMORY = "memory"
+    EMBEDDED = "embedded"
+    REDIS = "redis"
+
+
+class StoreSettings(_Model):
+    """Where the state that replicas share is kept.
+
+    Attributes:
+        url: `memory` (one process), `embedded` (a Valkey that is started with the workers), or the address of a
+            Redis or Valkey: `redis://`, `rediss://` (TLS), `unix://` and what else `state.redis.connect` reads.
+        fleet: gateways with the same name on the same Redis share their backends; others do not see each other.
+        lease_s: a replica that is not heard of for so long is taken for dead.
+        timeout_ms: a store that does not answer within this is done without for the time being.
+    """
+
+    url: SecretStr = SecretStr("memory")
+    fleet: Name = "default"
+    lease_s: Annotated[float, Field(ge=1, le=600, allow_inf_nan=False)] = 10
+    timeout_ms: PositiveMs = 100
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: SecretStr) -> SecretStr:
+        text = url.get_secret_value()
+        if text not in {StoreKind.MEMORY.value, StoreKind.EMBEDDED.value} and "://" not in text:
+            # The text may be a URL with a password in it, so it is not repeated.
+            raise ValueError("must be memory, embedded, or a URL such as redis://127.0.0.1:6379/0")
+        return url
+
+    @property
+    def kind(self) -> StoreKind:
+        text = self.url.get_secret_value()
+        return StoreKind.REDIS if "://" in text else StoreKind(text)
+
+
 class Settings(_Model):
     """Everything `tiergate serve` can be told."""
 
@@ -167,6 +226,8 @@ class Settings(_Model):
     )
     default_tier: str = "chat"
     policy: PolicySettings = PolicySettings()
+    store: StoreSettings = StoreSettings()
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
     keys: tuple[KeySettings, ...] = ()
     admin_token: SecretStr | None = None
     limits: BodyLimits = BodyLimits()
@@ -183,6 +244,11 @@ class Settings(_Model):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
+        if self.workers > 1 and self.store.kind is StoreKind.MEMORY:
+            raise ValueError(
+                f"workers: {self.workers} processes need a store that they share: --store redis://HOST:PORT, or "
+                "--store embedded for one that is started with them"
+            )
         tiers = tier_set(self)
         names = [backend.name for backend in self.backends]
         double = sorted({name for name in names if names.count(name) > 1})
@@ -196,6 +262,11 @@ class Settings(_Model):
                 if tier is not None and tier not in tiers:
                     raise ValueError(f"key of {key.tenant}: {unknown('tier', tier, _names(tiers))}")
         return self
+
+
+def key_digest(key: str) -> str:
+    """SHA-256 of a client key's bytes, in hexadecimal. A header's bytes that are no UTF-8 come as surrogates."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _names(tiers: TierSet) -> list[str]:
@@ -265,14 +336,15 @@ def parse_backend_flag(flag: str) -> dict[str, object]:
 def load(
     path: Path | None, environment: Mapping[str, str], overrides: Mapping[str, object] | None = None
 ) -> Settings:
-    """The settings of a file, the environment over it, and flags over both. Raises ConfigError."""
+    """The settings of a file, the environment over it, and flags over both (`store.url` goes one level down).
+    Raises ConfigError."""
     merged: dict[str, object] = {}
     if path is not None:
         merged = _read_yaml(path)
     _merge_environment(merged, environment)
     for key, value in (overrides or {}).items():
         if value is not None:
-            merged[key] = value
+            _put(merged, key.split("."), value)
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
@@ -309,14 +381,19 @@ def _merge_environment(merged: dict[str, object], environment: Mapping[str, str]
     for variable, text in sorted(environment.items()):
         if not variable.startswith(ENV_PREFIX):
             continue
-        *groups, last = variable.removeprefix(ENV_PREFIX).lower().split("__")
-        target = merged
-        for group in groups:
-            inner = target.get(group)
-            copied = dict(inner) if isinstance(inner, Mapping) else {}
-            target[group] = copied
-            target = copied
-        target[last] = _parse_yaml(text, variable)
+        _put(merged, variable.removeprefix(ENV_PREFIX).lower().split("__"), _parse_yaml(text, variable))
+
+
+def _put(merged: dict[str, object], place: Sequence[str], value: object) -> None:
+    """Set one value, as deep as `place` says, and nothing beside it."""
+    *groups, last = place
+    target = merged
+    for group in groups:
+        inner = target.get(group)
+        copied = dict(inner) if isinstance(inner, Mapping) else {}
+        target[group] = copied
+        target = copied
+    target[last] = value
 
 
 def _explain(detail: ErrorDetails) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import socket
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -10,7 +13,7 @@ from random import Random
 from pydantic import ValidationError
 
 from gateway.app import Wiring
-from gateway.config import ConfigError, Settings, tier_set
+from gateway.config import ConfigError, Settings, StoreKind, StoreSettings, tier_set
 from gateway.learning import Learned
 from gateway.tokens import FileTokenizer, TokenCounter
 from gateway.words import unknown
@@ -18,12 +21,13 @@ from profiles import ProfileError, load
 from scheduling.dispatcher import Dispatcher
 from scheduling.options import Options
 from scheduling.policies import POLICIES, make
+from state.contract import Store
 from state.memory import MemoryState, MemoryStore
 
 
-def wire(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Wiring:
-    """Everything a gateway needs, on the memory store. `clock` is its one clock, the event loop's. Raises
-    ConfigError."""
+def wire(settings: Settings, clock: Callable[[], float] = time.monotonic, worker: int | None = None) -> Wiring:
+    """Everything a gateway needs, with no connection made yet. `clock` is its one clock, the event loop's;
+    `worker` is which of several processes this is. Raises ConfigError."""
     dispatcher = make_dispatcher(settings)
     check_profiles(settings)
     counter = TokenCounter(
@@ -33,8 +37,21 @@ def wire(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Wir
         learned = Learned(counter, settings.learned_state)
     except (OSError, ValidationError, ProfileError) as error:
         raise ConfigError(f"learned_state: {settings.learned_state}: {error}") from None
-    store = MemoryStore(MemoryState(clock))
+    store = make_store(settings.store, clock, replica_name(worker))
     return Wiring(dispatcher, store, learned, counter, version("tiergate"), clock=clock)
+
+
+def make_store(settings: StoreSettings, clock: Callable[[], float], replica: str) -> Store:
+    """The store as it is configured; `replica` is this process's name in it. Raises ConfigError."""
+    if settings.kind is StoreKind.MEMORY:
+        return MemoryStore(MemoryState(clock), replica)
+    raise ConfigError(f"store.url: this build has no {settings.kind.value} store")
+
+
+def replica_name(worker: int | None) -> str:
+    """A name that no other process has, and none will have after it: readable, and random at its end."""
+    which = "" if worker is None else f"-w{worker}"
+    return f"{socket.gethostname()}-{os.getpid()}{which}-{secrets.token_hex(4)}"
 
 
 def make_dispatcher(settings: Settings) -> Dispatcher:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config import ConfigError, EngineKind, Settings, load, parse_backend_flag, tier_set
+from gateway.config import ConfigError, EngineKind, Settings, StoreKind, load, parse_backend_flag, tier_set
 from tiergate.root import make_dispatcher, wire
 
 _FILE = """
@@ -71,6 +71,12 @@ def test_nothing_given_is_a_configuration_too() -> None:
         ("tiers: [{name: a, tpot_ms: 9}, {name: b, tpot_ms: 5}]\ndefault_tier: a", "must not fall"),
         ("default_tier: none", "default tier 'none' is not one of"),
         ("keys: [{key: x, tenant: t, tier: nope}]", "key of t: unknown tier 'nope'"),
+        ("workers: 2", "--store embedded"),
+        ("workers: 2\nstore: {url: memory}", "need a store that they share"),
+        ("workers: 0", "workers:"),
+        ("store: {url: redis}", "store.url: must be memory, embedded, or a URL"),
+        ("store: {ulr: memory}", "store: unknown key 'ulr'; did you mean 'url'"),
+        ("store: {lease_s: 0.1}", "store.lease_s"),
         ("- a", "must hold keys and values"),
         ("a: [", "not YAML"),
         ("a: 2026-99-99", "not YAML"),
@@ -132,3 +138,13 @@ def test_backend_flags() -> None:
     for wrong in ("http://h,profile", "http://h,profile=", "http://h,colour=red"):
         with pytest.raises(ConfigError, match="--backend"):
             parse_backend_flag(wrong)
+
+
+def test_a_flag_changes_one_key_of_the_store(tmp_path: Path) -> None:
+    path = _file(tmp_path, "store: {url: memory, fleet: eu, lease_s: 5}")
+    environment = {"TIERGATE_STORE__URL": "redis://one:6379", "TIERGATE_STORE__LEASE_S": "7"}
+    settings = load(path, environment, {"store.url": "redis://:secret@two:6379/1", "workers": 2})
+    store = settings.store
+    assert (store.kind, store.fleet, store.lease_s) == (StoreKind.REDIS, "eu", 7)
+    assert store.url.get_secret_value() == "redis://:secret@two:6379/1"
+    assert "secret" not in repr(settings)

@@ -43,6 +43,12 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8080; 0 takes a free one)")
     parser.add_argument("--policy", help="how requests are placed (polyserve)")
+    parser.add_argument(
+        "--store",
+        metavar="memory|embedded|URL",
+        help="where gateways share their state: redis://HOST:PORT, or embedded for a Valkey of its own (memory)",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that serve the same port (1)")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -60,7 +66,12 @@ def add_parser(subparsers: Subparsers) -> None:
 def settings_of(args: argparse.Namespace) -> Settings:
     """The configuration that arguments, environment and file make up. Raises UsageError."""
     try:
-        overrides: dict[str, object] = {"host": args.host, "port": args.port}
+        overrides: dict[str, object] = {
+            "host": args.host,
+            "port": args.port,
+            "store.url": args.store,
+            "workers": args.workers,
+        }
         if args.backend:
             overrides["backends"] = [parse_backend_flag(flag) for flag in args.backend]
         if args.policy:
