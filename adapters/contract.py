@@ -15,6 +15,7 @@ class Failure(Enum):
     UNREACHABLE = "unreachable"  # could not connect, or the connection died before an answer
     TIMEOUT = "timeout"
     BROKEN = "broken"  # answered, but not in the protocol
+    UNSUPPORTED = "unsupported"  # the engine lacks the route; another kind of engine may have it
     REJECTED = "rejected"  # the engine calls the request itself wrong (4xx): its answer goes to the client
 
 
@@ -100,7 +101,7 @@ class Capabilities:
     so that counts come from usage.
     """
 
-    engine: str  # "vllm", "openai", ...
+    engine: str  # "vllm", "tgi", "openai"
     version: str | None = None
     emulated: bool = False  # the engine says it emulates
     models: tuple[str, ...] = ()
@@ -166,7 +167,10 @@ class Adapter(Protocol):
     async def read_load(self) -> EngineLoad: ...
 
     def prepare(self, request: OutgoingRequest) -> UpstreamCall:
-        """The exchange that carries the request: body bytes unchanged unless something had to be added."""
+        """The exchange that carries the request: body bytes unchanged unless something had to be added.
+
+        Raises UpstreamError(UNSUPPORTED) for a route that this family of engines does not have.
+        """
         ...
 
     def stream_failure(self, first_event: bytes) -> UpstreamError | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from adapters.contract import Adapter, Support, UpstreamError
-from adapters.exchange import ask
+from adapters.exchange import NO_ANSWER, Answer, ask
 from adapters.http import HttpOptions, HttpUpstream
 from adapters.models import ModelList
 from adapters.openai import OpenAIAdapter
+from adapters.tgi import TgiAdapter, is_tgi
 from adapters.vllm import VllmAdapter
 
-KINDS = ("vllm", "openai")
+KINDS = ("vllm", "tgi", "openai")
 _VLLM_OWNERS = frozenset({"vllm", "tiergate-emulated"})
 
 
@@ -46,6 +47,8 @@ def make(kind: str, url: str, options: AdapterOptions | None = None) -> Adapter:
             priority=options.priority,
             probe_timeout_s=options.probe_timeout_s,
         )
+    if kind == "tgi":
+        return TgiAdapter(upstream, api_key=options.api_key, probe_timeout_s=options.probe_timeout_s)
     return OpenAIAdapter(
         upstream,
         api_key=options.api_key,
@@ -55,27 +58,35 @@ def make(kind: str, url: str, options: AdapterOptions | None = None) -> Adapter:
 
 
 async def detect(url: str, options: AdapterOptions | None = None) -> Adapter:
-    """The adapter for whatever answers at `url`: vLLM (or an engine that emulates it), else plain OpenAI.
+    """The adapter for whatever answers at `url`: vLLM (or an engine that emulates it), TGI, else plain OpenAI.
 
-    It is vLLM when its model list says so, or when its metrics carry vLLM's names. Raises UpstreamError when
-    nothing answers, ValueError for an unusable URL.
+    It is vLLM when its model list says so, or when its metrics carry vLLM's names; TGI when /info says so. Raises
+    UpstreamError when nothing answers, ValueError for an unusable URL.
     """
     options = options or AdapterOptions()
     upstream = HttpUpstream(url, options.http)
     try:
-        kind = "vllm" if await _looks_like_vllm(upstream, options) else "openai"
+        kind = await _kind_of(upstream, options)
     finally:
         await upstream.close()
     return make(kind, url, options)
 
 
-async def _looks_like_vllm(upstream: HttpUpstream, options: AdapterOptions) -> bool:
+async def _kind_of(upstream: HttpUpstream, options: AdapterOptions) -> str:
     api_key, timeout_s = options.api_key, options.probe_timeout_s
     answer = await ask(upstream, "GET", "/v1/models", api_key=api_key, timeout_s=timeout_s)
     if answer.status == 200 and ModelList.read(answer.body, emulated=False).owners & _VLLM_OWNERS:
-        return True
+        return "vllm"
+    metrics = await _try_get(upstream, "/metrics", options)
+    if metrics.status == 200 and b"\nvllm:" in b"\n" + metrics.body:
+        return "vllm"
+    info = await _try_get(upstream, "/info", options)
+    return "tgi" if info.status == 200 and is_tgi(info.json_object()) else "openai"
+
+
+async def _try_get(upstream: HttpUpstream, path: str, options: AdapterOptions) -> Answer:
+    """A route that is silent or missing says nothing of the server."""
     try:
-        answer = await ask(upstream, "GET", "/metrics", api_key=api_key, timeout_s=timeout_s)
+        return await ask(upstream, "GET", path, api_key=options.api_key, timeout_s=options.probe_timeout_s)
     except UpstreamError:
-        return False
-    return answer.status == 200 and b"\nvllm:" in b"\n" + answer.body
+        return NO_ANSWER

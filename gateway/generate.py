@@ -14,7 +14,7 @@ from adapters.contract import Adapter, Capabilities, Failure, UpstreamError
 from gateway.asked import Caller
 from gateway.client import ClientStream, forwarded, whole, without_keys
 from gateway.dispatch import Shell
-from gateway.errors import ApiError, UpstreamFailed, of_refusal
+from gateway.errors import ApiError, InvalidRequest, NotFound, UpstreamFailed, of_refusal
 from gateway.live import Live
 from gateway.merged import TextRates
 from gateway.recent import Decisions
@@ -127,8 +127,12 @@ class Exchange:
                 opened = await self._parts.relay.open(ticket, self._call, self._outgoing(order))
             except UpstreamError as error:
                 self._failure = error
+                if not error.retryable:
+                    self._kind = EndKind.FAILED
+                    ticket.ended(EndKind.FAILED)
+                    raise InvalidRequest(str(error), code=error.failure.value) from error
                 self._suspect(order, error)
-                ticket.open_failed(retryable=error.retryable, cause=str(error))
+                ticket.open_failed(retryable=True, cause=str(error))
                 continue
             except Rejected as rejected:
                 self._kind = EndKind.FAILED
@@ -176,6 +180,8 @@ class Exchange:
         failure = self._failure
         self._refused = order.refusal.kind.value
         self._parts.telemetry.refused(self._call.request, self._refused)
+        if failure is not None and failure.failure is Failure.UNSUPPORTED and self._refused == "upstream_failed":
+            return NotFound(f"{order.refusal.message} (last: {failure})", code="unsupported_path")
         if failure is not None and self._refused == "upstream_failed":
             return UpstreamFailed(f"{order.refusal.message} (last: {failure})", code=failure.failure.value)
         return of_refusal(order.refusal, self._call.route.prompt_field)

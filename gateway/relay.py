@@ -23,18 +23,22 @@ from adapters.contract import (
 )
 from gateway.merged import UNKNOWN_RATE, TextRate
 from gateway.request import Call
-from gateway.sse import SseScanner, StreamTooWide, Usage
+from gateway.sse import SseScanner, StreamTooWide, Usage, data_of
 from gateway.ticket import Ticket
 from scheduling.scoring import DeadlineMeter
 
 _ERROR_BODY_BYTES = 1 << 20
 _PEEK_BYTES = 1 << 20
+_JSON = {"content-type": "application/json"}
 _PROMPT_COUNT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d+)')
 _OUTPUT_COUNT = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d+)')
 
 
 class Rejected(Exception):
-    """The engine calls the request itself wrong: its own answer goes to the client."""
+    """The engine calls the request itself wrong: its own answer goes to the client.
+
+    When it said so as the first event of a stream, the body is that event's data.
+    """
 
     def __init__(self, status: int, headers: Mapping[str, str], body: bytes, message: str) -> None:
         super().__init__(message)
@@ -172,8 +176,11 @@ class Relay:
                 raise UpstreamError(Failure.BROKEN, "the engine's answer is not a stream of events") from None
         if scanner.error_first and scanner.error is not None:
             failure = adapter.stream_failure(scanner.error)
-            if failure is not None:
+            if failure is not None and failure.retryable:
                 raise failure
+            if failure is not None:
+                told = data_of(scanner.error)
+                raise Rejected(failure.status or 400, _JSON, told, str(failure))
         return Opened(response, scanner, head)
 
     async def _stall_named(self, ticket: Ticket, reading: Awaitable[bytes]) -> bytes:

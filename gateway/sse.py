@@ -35,14 +35,18 @@ _CONTENT = {
     Api.MESSAGES: re.compile(rb'"(?:text|thinking|partial_json|signature)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"'),
     Api.EMBEDDINGS: re.compile(rb"(?!)"),
 }
+# TGI's completions give an empty reason while they go on.
+_REASON = rb'"finish_reason"\s*:\s*"(?!")'
 _FINISH = {
-    Api.CHAT: re.compile(rb'"finish_reason"\s*:\s*"|data:\s*\[DONE\]'),
-    Api.COMPLETIONS: re.compile(rb'"finish_reason"\s*:\s*"|data:\s*\[DONE\]'),
+    Api.CHAT: re.compile(_REASON + rb"|data:\s*\[DONE\]"),
+    Api.COMPLETIONS: re.compile(_REASON + rb"|data:\s*\[DONE\]"),
     Api.RESPONSES: re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"|data:\s*\[DONE\]'),
     Api.MESSAGES: re.compile(rb'"type"\s*:\s*"message_stop"'),
     Api.EMBEDDINGS: re.compile(rb"(?!)"),
 }
-_ERROR = re.compile(rb'(?:^|\n)event:\s*error\b|(?:^|\n)data:\s*\{\s*"(?:error"\s*:\s*\{|object"\s*:\s*"error")')
+_ERROR = re.compile(
+    rb'(?:^|\n)event:\s*error\b|(?:^|\n)data:\s*\{\s*"(?:error"\s*:\s*(?:\{|"(?!"))|object"\s*:\s*"error")'
+)
 _EMPTY_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _DATA = re.compile(rb"(?:^|\n)data:")
 _TEXT = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*')
@@ -64,6 +68,14 @@ class Usage:
             self.prompt_tokens if later.prompt_tokens is None else later.prompt_tokens,
             self.output_tokens if later.output_tokens is None else later.output_tokens,
             self.cached_tokens if later.cached_tokens is None else later.cached_tokens,
+        )
+
+    def plus(self, other: Usage) -> Usage:
+        """What two choices took together; None where either did not say."""
+        return Usage(
+            _sum(self.prompt_tokens, other.prompt_tokens),
+            _sum(self.output_tokens, other.output_tokens),
+            _sum(self.cached_tokens, other.cached_tokens),
         )
 
 
@@ -89,6 +101,7 @@ class SseScanner:
         "_carry",
         "_content",
         "_counts_from_usage",
+        "_ended",
         "_finish",
         "_held",
         "_limit",
@@ -125,6 +138,7 @@ class SseScanner:
         self.tokens = 0
         self.text_bytes = 0
         self.plain = True
+        self._ended: Usage | None = None  # the sum over choices that ended, each telling its own
         self.usage: Usage | None = None
         self.error: bytes | None = None
         self.opened = False
@@ -194,12 +208,12 @@ class SseScanner:
             self.opened = True
             self.tokens += 1
             self._measure(event, content.end())
-            if not self._counts_from_usage:
+            if not self._counts_from_usage and (b'"usage"' not in event or self._finish.search(event) is None):
                 return True
         if b'"usage"' in event:
             usage = read_usage(event)
             if usage is not None:
-                self.usage = usage if self.usage is None else self.usage.updated(usage)
+                self._note_usage(usage, event)
                 if self._counts_from_usage and has_content and usage.output_tokens is not None:
                     self.tokens = max(self.tokens, usage.output_tokens)
                 if self._strip_usage and _EMPTY_CHOICES.search(event) is not None:
@@ -213,6 +227,13 @@ class SseScanner:
         elif self.error is None and not has_content and b"error" in event and _ERROR.search(event) is not None:
             self.error = event
         return True
+
+    def _note_usage(self, usage: Usage, event: bytes) -> None:
+        """Beside the end of a choice stands what that choice took; in other places it is all, so far."""
+        if _EMPTY_CHOICES.search(event) is None and self._finish.search(event) is not None:
+            self._ended = usage if self._ended is None else self._ended.plus(usage)
+            usage = self._ended
+        self.usage = usage if self.usage is None else self.usage.updated(usage)
 
     def _measure(self, event: bytes, start: int) -> None:
         """Add the text that begins at `start`, up to its closing quote."""
@@ -229,6 +250,12 @@ class SseScanner:
 def has_data(event: bytes) -> bool:
     """Whether an event carries data, and is not a comment only."""
     return _DATA.search(event) is not None
+
+
+def data_of(event: bytes) -> bytes:
+    """What an event of one data line carries."""
+    start = event.find(b"data:")
+    return event[start + 5 :].split(b"\n", 1)[0].strip() if start >= 0 else b""
 
 
 def _is_whole(rest: bytes) -> bool:
@@ -276,6 +303,10 @@ def usage_of(answer: object) -> Usage | None:
         _count(cached if cached is not None else usage.get("cache_read_input_tokens")),
     )
     return None if found.prompt_tokens is None and found.output_tokens is None else found
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 def _count(value: object) -> int | None:

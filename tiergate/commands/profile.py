@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from adapters.contract import Adapter, Capabilities, UpstreamError
-from adapters.registry import AdapterOptions, detect, make
+from adapters.registry import KINDS, AdapterOptions, detect, make
 from profiles import Limits, Profile, ProfileError, load, shipped
 from profiles.format import FitError, Provenance, Regime, dump
 from profiles.measure import Measured, MeasureError, Sweep, measure, profile_of
@@ -47,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME|FILE", help="the profile to show")
     what = parser.add_argument_group("what to measure")
     what.add_argument("--url", help="the engine's base URL, such as http://127.0.0.1:8000")
-    what.add_argument("--kind", choices=("auto", "vllm", "openai"), default="auto", help="default: %(default)s")
+    what.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="default: %(default)s")
     what.add_argument("--model", help="default: the first model that the engine lists")
     what.add_argument("--api-key", help="sent as a bearer token")
     what.add_argument("--max-seconds", type=float, default=120.0, metavar="S", help="default: %(default)s")

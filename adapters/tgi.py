@@ -1,0 +1,259 @@
+"""Hugging Face's Text Generation Inference over its OpenAI routes: a backend whose budgets are set at launch.
+
+What is told here of TGI was read in the source of version 3.3.7 (in maintenance mode since December 2025), not
+tried on a live server. It has no route to change a budget or to abort, and no priority, so there is nothing to
+drive it by but what is let in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import orjson
+
+from adapters.contract import (
+    Capabilities,
+    EngineLoad,
+    Failure,
+    OutgoingRequest,
+    Support,
+    Unsupported,
+    Upstream,
+    UpstreamCall,
+    UpstreamError,
+)
+from adapters.errors import error_in_event
+from adapters.exchange import NO_ANSWER, Answer
+from adapters.exposition import Sample, Scanner, total
+from adapters.openai import OpenAIAdapter
+
+_RUNNING = "tgi_batch_current_size"
+_WAITING = "tgi_queue_size"
+_KV_RESERVED = "tgi_batch_current_max_tokens"
+_KV_CAPACITY = "tgi_batch_max_total_tokens"
+_LOAD = Scanner((_RUNNING, _WAITING, _KV_RESERVED))
+_STATIC = Scanner((_RUNNING, _WAITING, _KV_CAPACITY))
+
+_CHAT = "/v1/chat/completions"
+# OpenAI's and Anthropic's other routes, which it answers with 404.
+_ABSENT = frozenset({"/v1/responses", "/v1/messages", "/v1/embeddings"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Meaning:
+    """What one of TGI's errors is. `status` is the one it has outside of streams."""
+
+    failure: Failure
+    status: int
+
+
+_OVERLOADED = _Meaning(Failure.OVERLOADED, 429)
+_INVALID = _Meaning(Failure.REJECTED, 422)
+_FAILED = _Meaning(Failure.BROKEN, 424)
+_INCOMPLETE = _Meaning(Failure.BROKEN, 500)
+_BY_TYPE = {
+    "overloaded": _OVERLOADED,
+    "validation": _INVALID,
+    "template_error": _INVALID,
+    "missing_template_variable": _INVALID,
+    "tool_error": _INVALID,
+    "suffix not supported": _INVALID,
+    "batch size exceeded": _INVALID,
+    "generation": _FAILED,
+    "incomplete_generation": _INCOMPLETE,
+    "incomplete_generation_stream": _INCOMPLETE,
+    "stream_serialization_error": _INCOMPLETE,
+    "healthcheck": _Meaning(Failure.UNREACHABLE, 503),
+}
+# In a stream of the OpenAI routes every error says 422 and no type, so only its words tell what it is.
+_BY_WORDS = (
+    ("Model is overloaded", _OVERLOADED),
+    ("Input validation error", _INVALID),
+    ("Template error", _INVALID),
+    ("Missing template va", _INVALID),  # what follows is spelled "tiable"
+    ("Tool error", _INVALID),
+    ("Request failed during generation", _FAILED),
+    ("Incomplete generation", _INCOMPLETE),
+    ("Stream event serialization error", _INCOMPLETE),
+)
+
+
+class TgiAdapter(OpenAIAdapter):
+    """One TGI server.
+
+    Its budgets are static: the most tokens of a step (``--max-batch-prefill-tokens``) and the KV capacity are told
+    by no route of version 3, so they belong into the backend's configured limits. An older server that tells them
+    in /info is believed.
+
+    A stream always begins with 200; an overload is its first event. An answer's `id` is empty.
+    """
+
+    def __init__(self, upstream: Upstream, *, api_key: str | None = None, probe_timeout_s: float = 10.0) -> None:
+        super().__init__(upstream, api_key=api_key, probe_timeout_s=probe_timeout_s)
+        self._tokenize = Support.UNKNOWN
+        self._kv_tokens: int | None = None
+
+    async def probe(self) -> Capabilities:
+        """Ask /info, the models and the metrics; nothing is generated.
+
+        Raises UpstreamError when the server does not answer, wants another API key, or is not TGI.
+        """
+        answer = await self._ask("GET", "/info")
+        if answer.status != 200:
+            raise self.response_failure(answer.status, answer.body)
+        info = answer.json_object()
+        if not is_tgi(info):
+            raise UpstreamError(Failure.BROKEN, "the server's /info is not that of TGI", answer.status)
+        models = await self._ask_models()
+        samples = await self._static_samples()
+        self._kv_tokens = _positive_int(info.get("max_batch_total_tokens")) or total(samples, _KV_CAPACITY)
+        self._tokenize = await self._has_tokenizer()
+        version = info.get("version")
+        return Capabilities(
+            engine="tgi",
+            version=version if isinstance(version, str) else None,
+            emulated=models.emulated,
+            models=models.names or (str(info["model_id"]),),
+            max_model_tokens=_positive_int(info.get("max_total_tokens")),
+            kv_tokens=self._kv_tokens,
+            # Beyond this many at once, waiting ones included, it refuses; it has no other cap on sequences.
+            max_running_seqs=_positive_int(info.get("max_concurrent_requests")),
+            max_batched_tokens=_positive_int(info.get("max_batch_prefill_tokens")),
+            priority=Support.NO,
+            tokenize=self._tokenize,
+            continuous_usage=Support.NO,
+            # A gauge is not there before it was first set; TGI's other backends never set them.
+            load=Support.YES if any(one.name in (_RUNNING, _WAITING) for one in samples) else Support.UNKNOWN,
+            # Tokens that speculation brings together are still an event each.
+            tokens_per_event=1,
+        )
+
+    async def healthy(self) -> bool:
+        """Whether /health says so. After a failed generation the server tries one token of its own there."""
+        try:
+            answer = await self._ask("GET", "/health")
+        except UpstreamError:
+            return False
+        return answer.status == 200
+
+    async def read_load(self) -> EngineLoad:
+        """From /metrics; a gauge is unknown until the server first set it. Raises UpstreamError.
+
+        What of the KV cache is used is what running requests have reserved. Shared prefixes count once for each,
+        so the fraction is cut at 1.
+        """
+        answer = await self._ask("GET", "/metrics")
+        if answer.status != 200:
+            raise self.response_failure(answer.status, answer.body)
+        samples = tuple(_LOAD.samples(answer.body.decode("utf-8", "replace")))
+        reserved = total(samples, _KV_RESERVED)
+        return EngineLoad(
+            running=total(samples, _RUNNING),
+            waiting=total(samples, _WAITING),
+            kv_used_fraction=(
+                None if reserved is None or self._kv_tokens is None else min(reserved / self._kv_tokens, 1.0)
+            ),
+        )
+
+    def prepare(self, request: OutgoingRequest) -> UpstreamCall:
+        """As OpenAI. Completions carry their usage unasked, so only a chat is asked for it.
+
+        Raises UpstreamError(UNSUPPORTED) for a generating route that TGI does not have.
+        """
+        if request.path in _ABSENT:
+            raise UpstreamError(Failure.UNSUPPORTED, f"TGI has no {request.path}")
+        if request.want_usage and request.path != _CHAT:
+            request = replace(request, want_usage=False)
+        return super().prepare(request)
+
+    def stream_failure(self, first_event: bytes) -> UpstreamError | None:
+        """The error that a stream's first event carries, by its words: all of them come as status 422."""
+        found = error_in_event(first_event)
+        if found is None:
+            return None
+        words = str(found)
+        meaning = next((one for begin, one in _BY_WORDS if words.startswith(begin)), _INCOMPLETE)
+        return UpstreamError(meaning.failure, words, meaning.status)
+
+    def response_failure(self, status: int, body: bytes) -> UpstreamError:
+        """What an answer with an error status means: by its `error_type`, else by the status."""
+        found = super().response_failure(status, body)
+        kind = Answer(status, body=body).json_object().get("error_type")
+        meaning = _BY_TYPE.get(kind) if isinstance(kind, str) else None
+        return found if meaning is None else UpstreamError(meaning.failure, str(found), status)
+
+    async def abort(self, request_id: str) -> None:
+        """Never by id. A closed connection ends a sequence at its next token, one in prefill only after it."""
+        raise Unsupported("abort by id: closing the connection is all that TGI knows")
+
+    async def set_chunk_budget(self, tokens: int | None) -> None:
+        raise Unsupported("chunk budget: TGI takes --max-batch-prefill-tokens at launch only")
+
+    async def set_running_cap(self, sequences: int | None) -> None:
+        raise Unsupported("running cap: TGI takes --max-concurrent-requests at launch only")
+
+    async def count_tokens(self, body: Mapping[str, object]) -> int:
+        """Prompt tokens of a chat by /chat_tokenize, of a text by /tokenize.
+
+        Raises Unsupported for a list of several texts, for token ids (TGI takes texts only), for too deep nesting,
+        or a server without a tokenizer; UpstreamError when the engine refuses the prompt.
+        """
+        path, question = _tokenize_question(body)
+        if self._tokenize is Support.NO:
+            raise Unsupported("count tokens: the server has no /tokenize")
+        try:
+            asked = orjson.dumps(question)
+        except orjson.JSONEncodeError as error:  # orjson reads deeper nesting than it writes
+            raise Unsupported("count tokens: the body is nested too deeply") from error
+        answer = await self._ask("POST", path, asked)
+        if answer.status != 200:
+            raise self.response_failure(answer.status, answer.body)
+        try:
+            tokens = orjson.loads(answer.body)
+        except orjson.JSONDecodeError:
+            tokens = None
+        if isinstance(tokens, dict):
+            tokens = tokens.get("tokenize_response")
+        if not isinstance(tokens, list):
+            raise Unsupported(f"count tokens: {path} answered without a list of tokens")
+        return len(tokens)
+
+    async def _static_samples(self) -> tuple[Sample, ...]:
+        answer = await self._try_get("/metrics")
+        return tuple(_STATIC.samples(answer.body.decode("utf-8", "replace"))) if answer.status == 200 else ()
+
+    async def _has_tokenizer(self) -> Support:
+        """A GET on a route that only takes POST is answered 405; so nothing is done by asking."""
+        status = (await self._try_get("/tokenize")).status
+        return Support.YES if status == 405 else Support.NO if status == 404 else Support.UNKNOWN
+
+    async def _try_get(self, path: str) -> Answer:
+        """One route's silence must not fail the whole probe."""
+        try:
+            return await self._ask("GET", path)
+        except UpstreamError:
+            return NO_ANSWER
+
+
+def is_tgi(info: Mapping[str, object]) -> bool:
+    """Whether an answer of /info is TGI's. Its sister for embeddings has the route too, but no such limits."""
+    limits = ("max_total_tokens", "max_concurrent_requests", "max_best_of")
+    return isinstance(info.get("model_id"), str) and all(_positive_int(info.get(name)) for name in limits)
+
+
+def _tokenize_question(body: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """The route to ask, and what. Raises Unsupported."""
+    if "messages" in body:
+        names = ("model", "messages", "tools", "tool_choice", "tool_prompt", "response_format")
+        return "/chat_tokenize", {name: body[name] for name in names if body.get(name) is not None}
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return "/tokenize", {"inputs": prompt}
+    raise Unsupported("count tokens: the body has neither messages nor one text")
+
+
+def _positive_int(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
