@@ -37,7 +37,8 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """No candidate fits. What the OTHER replicas carry on each candidate, and how each stands."""
+    """No candidate fits. What the OTHER replicas carry on each candidate (its slack may be left out), and how each
+    stands."""
 
     lease_id: str
     foreign: Mapping[str, LoadVector]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from scheduling.load import Cost, LoadVector
+from scheduling.load import Cost, Floor, LoadVector
 
 
 @dataclass(slots=True)
@@ -55,6 +55,8 @@ class Part:
 
     measured: Sums = field(default_factory=Sums)
     reserved: Sums = field(default_factory=Sums)
+    slack: Floor = ()  # of those measured; reservations say nothing of it
+    queued_slack: Floor = ()
     measured_leases: int = 0  # leases that the last publish saw and that have not ended
     leases: int = 0
     sequence: int = 0  # of the last write
@@ -76,6 +78,8 @@ class Part:
             self.measured.queued_prefill_tokens + self.reserved.queued_prefill_tokens,
             residents,
             age_s,
+            self.slack,
+            self.queued_slack,
         )
 
     def wrote(self, now_s: float, age_s: float = 0.0) -> None:
@@ -91,6 +95,7 @@ class Part:
     def publish(self, own: LoadVector, sequence: int) -> None:
         self.sequence = self.published = sequence
         self.measured, self.reserved = Sums.of(own), Sums()
+        self.slack, self.queued_slack = own.slack, own.queued_slack
         self.measured_leases = self.leases
 
     def end(self, cost: Cost, granted_at: int) -> None:
@@ -109,3 +114,4 @@ class Part:
             self.measured.take(cost, 0)
         else:
             self.measured = Sums()
+            self.slack = self.queued_slack = ()

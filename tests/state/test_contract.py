@@ -249,6 +249,21 @@ class TestPublish:
         assert plain((await standing(other, "x")).foreign) == plain(measured)
         assert await own(other, "x") == ONE
 
+    async def test_others_see_how_much_slack_is_left(self, store: Store, other: Store, asking: Asking) -> None:
+        """As long as any lease stands that the publish saw; the least of each pace over all replicas."""
+        epoch = (await store.add_backend("x", "chat")).epoch
+        await store.reserve("1", [asking("x", epoch)])
+        await other.reserve("2", [asking("x", epoch)])
+        measured = LoadVector(1, 120, 10, {"chat": 1}, slack=((0.05, 0.25),), queued_slack=((0.02, -0.125),))
+        assert await store.publish([Publication("x", measured, store.sequence_of("x") + 1)])
+        seen = (await standing(other, "x")).foreign
+        assert (seen.slack, seen.queued_slack) == (measured.slack, measured.queued_slack)
+        seen = (await standing(store, "x")).foreign
+        assert (seen.slack, seen.queued_slack) == ((), ())
+        await store.release("1")
+        seen = (await standing(other, "x")).foreign
+        assert (seen.slack, seen.queued_slack) == ((), ())
+
     async def test_counts_towards_the_limits(self, store: Store, other: Store, asking: Asking) -> None:
         epoch = (await store.add_backend("x", "chat")).epoch
         await store.reserve("1", [asking("x", epoch)])
