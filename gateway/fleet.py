@@ -137,6 +137,7 @@ class GatewayFleet:
         self._members: dict[str, Member] = {}
         self._lengths: list[tuple[str, str, int, bool]] = []  # answers since the last look
         self._tasks: asyncio.TaskGroup | None = None
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # by backend: being forgotten by the store
 
     # --- for requests --------------------------------------------------------------------------------------
 
@@ -222,6 +223,11 @@ class GatewayFleet:
     def up(self) -> int:
         return sum(member.phase is Phase.UP for member in self._members.values())
 
+    @property
+    def asked(self) -> bool:
+        """Whether every backend has answered once, or was found wanting."""
+        return all(member.phase is not Phase.CONNECTING or member.problem for member in self._members.values())
+
     # --- life ----------------------------------------------------------------------------------------------
 
     def start(self, tasks: asyncio.TaskGroup, backends: tuple[BackendSettings, ...]) -> list[asyncio.Task[None]]:
@@ -236,6 +242,8 @@ class GatewayFleet:
         for member in self._members.values():
             if member.task is not None:
                 member.task.cancel()
+        for task in self._leaving.values():
+            task.cancel()
 
     async def close(self) -> None:
         """Close every connection."""
@@ -247,11 +255,26 @@ class GatewayFleet:
         """Add what is new, drain what is gone, and replace what changed. Streams go on."""
         wanted = {settings.name: settings for settings in backends}
         for name, member in list(self._members.items()):
-            if wanted.get(name) != member.settings:
-                await self._remove(member)
+            settings = wanted.get(name)
+            if settings is None:
+                self._remove(member)
+                self._forget(name)
+            elif settings != member.settings:
+                self._change(member, settings)
         for name, settings in wanted.items():
             if name not in self._members:
                 self._add(settings)
+
+    def _change(self, member: Member, settings: BackendSettings) -> None:
+        """The same backend with other settings. In the store it stays: other replicas carry load on it."""
+        placing = {"tier": settings.tier, "pinned": settings.pinned, "limits": settings.limits}
+        if member.settings.model_copy(update=placing) != settings:
+            self._remove(member)
+            self._add(settings)
+            return
+        member.settings = settings
+        if member.published is not None:
+            self._publish(member)
 
     def _add(self, settings: BackendSettings) -> None:
         assert self._tasks is not None
@@ -259,17 +282,30 @@ class GatewayFleet:
         self._members[settings.name] = member
         member.task = self._tasks.create_task(self._look_after(member), name=f"backend-{settings.name}")
 
-    async def _remove(self, member: Member) -> None:
-        """Take no newcomers, forget the backend; its open streams keep their own connection until they end."""
+    def _remove(self, member: Member) -> None:
+        """Take no newcomers; open streams keep their own connection until they end."""
         assert self._tasks is not None
         if member.task is not None:
             member.task.cancel()
         del self._members[member.name]
         if member.published is not None:
             self._shell.feed(BackendRemoved(member.name))
-            await self._store.remove_backend(member.name)
         if member.adapter is not None:
             self._tasks.create_task(self._close_when_idle(member.name, member.adapter), name="draining")
+
+    def _forget(self, name: str) -> None:
+        assert self._tasks is not None
+        self._leaving[name] = self._tasks.create_task(self._forget_in_store(name), name=f"forget-{name}")
+
+    async def _forget_in_store(self, name: str) -> None:
+        """Every replica says so, and the first one does it; a backend that came back meanwhile stays."""
+        while name not in self._members:
+            try:
+                await self._store.remove_backend(name)
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(_FIRST_RETRY_S)
+        self._leaving.pop(name, None)
 
     async def _close_when_idle(self, name: str, adapter: Adapter) -> None:
         await self._shell.wait_empty(name)
@@ -298,6 +334,9 @@ class GatewayFleet:
             await self._check(member)
 
     async def _connect(self, member: Member) -> None:
+        leaving = self._leaving.pop(member.name, None)
+        if leaving is not None:
+            await asyncio.wait({leaving})  # or it would be forgotten after it was made known
         if member.adapter is None:
             member.adapter = await self._teachers.connect(member.settings)
         member.capabilities = await member.adapter.probe()

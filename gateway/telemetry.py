@@ -120,6 +120,9 @@ class Telemetry:
         self.merged_streams = 0
         self.merged_tokens = 0
         self.lost_log_lines = 0
+        self.policy_version = 0
+        self.policy_refused_version = 0
+        self.policies_refused = 0
 
     def tier(self, name: str) -> _TierNumbers:
         found = self.tiers.get(name)
@@ -242,6 +245,7 @@ class _GatewayCollector(Collector):
             {(): telemetry.lost_log_lines},
             (),
         )
+        yield from self._policy()
         yield _counter("tiergate_decisions", "Decisions by outcome", _keyed(telemetry.outcomes), ("outcome",))
         yield _counter("tiergate_refusals", "Refusals by reason", _keyed(telemetry.refusals), ("reason",))
         yield _counter("tiergate_errors", "Error answers by code", _keyed(telemetry.errors), ("code",))
@@ -255,6 +259,24 @@ class _GatewayCollector(Collector):
             family = HistogramMetricFamily(name, text)
             family.add_metric([], histogram.buckets(), histogram.sum)
             yield family
+
+    def _policy(self) -> Iterator[Metric]:
+        telemetry = self._telemetry
+        for name, text, version in (
+            ("tiergate_policy_version", "The policy in force; 0: the file's alone", telemetry.policy_version),
+            (
+                "tiergate_policy_refused_version",
+                "The policy in the store that cannot be used here; 0: none",
+                telemetry.policy_refused_version,
+            ),
+        ):
+            yield _gauge(name, text, {(): version}, ())
+        yield _counter(
+            "tiergate_policies_refused",
+            "Policies that could not be used here",
+            {(): telemetry.policies_refused},
+            (),
+        )
 
     def _tiers(self) -> Iterator[Metric]:
         tiers = self._telemetry.tiers
