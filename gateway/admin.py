@@ -14,15 +14,18 @@ from pydantic import TypeAdapter, ValidationError
 from gateway.api import Api, Gate
 from gateway.body import BodyBound, read_body
 from gateway.client import bearer, whole
-from gateway.config import TierSettings
+from gateway.config import ConfigError, TierSettings, make_tiers
 from gateway.errors import ApiError
 from gateway.fleet import GatewayFleet
-from gateway.live import Live, Snapshot
+from gateway.live import Live
+from gateway.policy import FleetPolicy
 from gateway.recent import Decisions
+from gateway.shared import PolicyConflict, SharedPolicy
+from gateway.siblings import Siblings
 from gateway.telemetry import Exposition
 from gateway.view import FleetView, Json
 from gateway.words import cut, quoted
-from scheduling.tiers import TierSet
+from state.contract import StoreUnavailable
 
 _JSON = {"content-type": "application/json"}
 _PROBLEM = {"content-type": "application/problem+json"}
@@ -60,8 +63,9 @@ class Watched:
     gate: Gate
     exposition: Exposition
     decisions: Decisions
-    set_tiers: Callable[[TierSet], None]
+    policy: SharedPolicy
     clock: Callable[[], float]
+    siblings: Siblings | None = None
 
 
 class Admin:
@@ -94,7 +98,8 @@ class Admin:
         return whole(status, _JSON, orjson.dumps(body))
 
     async def _metrics(self, http: web.BaseRequest) -> web.StreamResponse:
-        return whole(200, _METRICS, self._watched.exposition.text())
+        text, siblings = self._watched.exposition.text(), self._watched.siblings
+        return whole(200, _METRICS, text if siblings is None else await siblings.metrics(text))
 
     async def _admin(self, http: web.BaseRequest) -> web.StreamResponse:
         try:
@@ -111,7 +116,7 @@ class Admin:
         what = http.path.removeprefix(_ADMIN)
         if what == "tiers":
             if http.method == "GET":
-                return self._tiers(live.now)
+                return self._tiers()
             if http.method == "PUT":
                 return await self._put_tiers(http)
             raise Problem(405, "Method Not Allowed", "tiers takes GET and PUT")
@@ -120,13 +125,16 @@ class Admin:
         if what == "state":
             return whole(200, _JSON, orjson.dumps(self._watched.view.state(self._watched.clock())))
         if what.startswith("decisions/"):
-            found = self._watched.decisions.get(what.removeprefix("decisions/"))
+            name = what.removeprefix("decisions/")
+            found = self._watched.decisions.get(name)
+            if found is None and self._watched.siblings is not None:
+                found = await self._watched.siblings.decision(name)
             if found is not None:
                 return whole(200, _JSON, found)
         raise Problem(404, "Not Found", f"there is nothing at {quoted(http.path)}")
 
-    def _tiers(self, snapshot: Snapshot) -> web.Response:
-        body = _tiers_json(snapshot)
+    def _tiers(self) -> web.Response:
+        body = _tiers_json(self._watched.policy.policy)
         return whole(200, {**_JSON, "etag": _etag(body)}, body)
 
     async def _read(self, http: web.BaseRequest) -> bytes:
@@ -138,21 +146,44 @@ class Admin:
             raise Problem(error.status, _TITLES[error.status], error.message, error.headers()) from None
 
     async def _put_tiers(self, http: web.BaseRequest) -> web.Response:
-        """Replace all tiers: `{"tiers": [...], "default_tier": NAME}`, under If-Match when it is given."""
-        live = self._watched.live
-        expected = http.headers.get("if-match")
-        if expected not in {None, "*", _etag(_tiers_json(live.now))}:
+        """Replace all tiers on all replicas: `{"tiers": [...], "default_tier": NAME}`, under If-Match when it is
+        given. Without it, another change that comes between is a conflict all the same."""
+        policy = self._watched.policy
+        asked = http.headers.get("if-match")
+        seen = _etag(_tiers_json(policy.policy))
+        if asked not in {None, "*", seen}:
             raise Problem(412, "Precondition Failed", "the tiers have changed; read them again")
+        tiers, default = await self._read_tiers(http)
+
+        def edit(now: FleetPolicy) -> FleetPolicy:
+            if _etag(_tiers_json(now)) != seen:
+                status, title = (409, "Conflict") if asked in {None, "*"} else (412, "Precondition Failed")
+                raise Problem(status, title, "the tiers were changed at the same time; read them again")
+            return now.model_copy(update={"tiers": tiers, "default_tier": default})
+
+        try:
+            await policy.change(edit, "PUT /admin/v1/tiers")
+        except ConfigError as error:
+            raise Problem(422, "Unprocessable Content", str(error)) from None
+        except PolicyConflict as error:
+            raise Problem(409, "Conflict", str(error)) from None
+        except StoreUnavailable:
+            detail = "the store does not answer; whether the change was made shows when it does"
+            raise Problem(503, "Service Unavailable", detail, {"retry-after": "1"}) from None
+        return self._tiers()
+
+    async def _read_tiers(self, http: web.BaseRequest) -> tuple[tuple[TierSettings, ...], str]:
+        """What a PUT asks for. Raises Problem."""
         given = await self._read(http)
         try:
             body = orjson.loads(given)
             if not isinstance(body, dict) or not {"tiers", "default_tier"} >= set(body) >= {"tiers"}:
                 raise Problem(400, "Bad Request", "the body must have `tiers` and may have `default_tier`")
             tiers = _TIERS.validate_python(body["tiers"])
-            default = body.get("default_tier", live.now.settings.default_tier)
+            default = body.get("default_tier", self._watched.live.now.settings.default_tier)
             if not isinstance(default, str) or default not in {tier.name for tier in tiers}:
                 raise ValueError(f"default_tier: must be one of the tiers' names, not {quoted(default)}")
-            snapshot = live.replace_tiers(tiers, default)
+            make_tiers(tiers, default)
         except orjson.JSONDecodeError as error:
             raise Problem(400, "Bad Request", f"not valid JSON: {error}") from None
         except ValidationError as error:
@@ -161,11 +192,10 @@ class Admin:
             raise Problem(422, "Unprocessable Content", f"tiers.{cut(place)}: {first['msg']}") from None
         except ValueError as error:
             raise Problem(422, "Unprocessable Content", str(error)) from None
-        self._watched.set_tiers(snapshot.tiers)
-        return self._tiers(snapshot)
+        return tiers, default
 
 
-def _tiers_json(snapshot: Snapshot) -> bytes:
+def _tiers_json(policy: FleetPolicy) -> bytes:
     tiers: list[Json] = [
         {
             "name": tier.name,
@@ -173,9 +203,9 @@ def _tiers_json(snapshot: Snapshot) -> bytes:
             "tpot_ms": tier.tpot_ms,
             "on_miss": tier.on_miss.value,
         }
-        for tier in snapshot.settings.tiers
+        for tier in policy.tiers
     ]
-    return orjson.dumps({"tiers": tiers, "default_tier": snapshot.settings.default_tier})
+    return orjson.dumps({"tiers": tiers, "default_tier": policy.default_tier})
 
 
 def _etag(body: bytes) -> str:

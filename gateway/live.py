@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from gateway.asked import Caller
-from gateway.config import Settings, make_tiers, tier_set
-from gateway.config import TierSettings as TierSettings
+from gateway.config import Settings, key_digest, tier_set
 from gateway.errors import Unauthorized
 from scheduling.tiers import TierSet
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One consistent configuration."""
+    """One consistent configuration.
+
+    Attributes:
+        version: of the fleet's policy in it (`state.documents`); 0 is what the replica was started with.
+        callers: whose key it is, by the key's SHA-256.
+    """
 
     settings: Settings
     tiers: TierSet
     version: int
+    callers: Mapping[str, Caller]
 
 
 class Live:
     """Holds the configuration of the moment; readers take `now` once per request."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.now = Snapshot(settings, tier_set(settings), 1)
+    def __init__(self, settings: Settings, version: int = 0) -> None:
+        self.now = _snapshot(settings, version)
 
-    def replace(self, settings: Settings) -> Snapshot:
-        """A configuration read anew."""
-        self.now = Snapshot(settings, tier_set(settings), self.now.version + 1)
-        return self.now
-
-    def replace_tiers(self, tiers: tuple[TierSettings, ...], default: str) -> Snapshot:
-        """Other tiers, until the configuration is read anew. Raises ValueError."""
-        made = make_tiers(tiers, default)
-        settings = self.now.settings.model_copy(update={"tiers": tiers, "default_tier": default})
-        self.now = replace(self.now, settings=settings, tiers=made, version=self.now.version + 1)
+    def replace(self, settings: Settings, version: int) -> Snapshot:
+        """Another configuration. Raises ValueError and keeps the one it has."""
+        self.now = _snapshot(settings, version)
         return self.now
 
     def caller(self, token: str | None) -> Caller:
         """Whose key this is. Raises Unauthorized; without configured keys everybody is let in."""
-        keys = self.now.settings.keys
-        if not keys:
+        callers = self.now.callers
+        if not callers:
             return Caller()
-        found: Caller | None = None
-        if token is not None:
-            given = _secret_bytes(token)
-            for key in keys:  # every key is compared, so the time tells nothing
-                if hmac.compare_digest(_secret_bytes(key.key.get_secret_value()), given):
-                    found = Caller(key.tenant, key.tier, key.tightest_tier)
+        # Looked up by digest: how long that takes says nothing about any key.
+        found = None if token is None else callers.get(key_digest(token))
         if found is None:
             raise Unauthorized("A valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return found
@@ -60,6 +55,11 @@ class Live:
         if expected is None or token is None:
             return False
         return hmac.compare_digest(_secret_bytes(expected.get_secret_value()), _secret_bytes(token))
+
+
+def _snapshot(settings: Settings, version: int) -> Snapshot:
+    callers = {key.digest: Caller(key.tenant, key.tier, key.tightest_tier) for key in settings.keys}
+    return Snapshot(settings, tier_set(settings), version, callers)
 
 
 def _secret_bytes(secret: str) -> bytes:

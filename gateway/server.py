@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 
 from gateway.config import Settings
@@ -53,15 +56,57 @@ class _Connection(RequestHandler):
 
 
 class GatewayServer(web.Server):
-    """A server without routing and middlewares; a handler is cancelled when its client goes away."""
+    """A server without routing and middlewares; a handler is cancelled when its client goes away.
+
+    Attributes:
+        last_requests: every answer from now on tells its client to close the connection.
+        open_connections: how many there are.
+        on_connections: told that number whenever it changes.
+    """
 
     def __init__(self, handler: _Handler, settings: Settings) -> None:
-        super().__init__(handler, handler_cancellation=True)
+        super().__init__(handler, handler_cancellation=True, request_factory=self._read_request)
+        self.last_requests = False
+        self.open_connections = 0
+        self.on_connections: Callable[[int], None] | None = None
+        self._changed = asyncio.Event()
         # The gateway writes its own line a request.
         self._silent = logging.getLogger("tiergate.access")
         self._silent.disabled = True
         self._limits = settings.limits
         self._timeouts = settings.timeouts
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self._count(1)
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        self._count(-1)
+
+    async def wait_empty(self) -> None:
+        """Wait until there is no connection."""
+        while self.open_connections:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _count(self, more: int) -> None:
+        self.open_connections += more
+        self._changed.set()
+        if self.on_connections is not None:
+            self.on_connections(self.open_connections)
+
+    def _read_request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        if self.last_requests:
+            message = message._replace(should_close=True)
+        return web.BaseRequest(message, payload, protocol, writer, task, self._loop)
 
     def __call__(self) -> RequestHandler:
         limits = self._limits

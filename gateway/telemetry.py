@@ -32,6 +32,18 @@ TPOT_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
 QUEUE_BUCKETS_S = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 
+# Of several processes on one port, these gauges are added up; any other is told for each of them.
+SUMMED_GAUGES = frozenset(
+    {
+        "tiergate_requests_held",
+        "tiergate_requests_running",
+        "tiergate_backend_decodes",
+        "tiergate_backend_peak_kv_tokens",
+        "tiergate_backend_queued_prefill_tokens",
+        "tiergate_backend_promoted",
+    }
+)
+
 
 class Histogram:
     """Counts in fixed buckets: one bisection an observation."""

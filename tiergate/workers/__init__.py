@@ -1,0 +1,1 @@
+"""Several worker processes behind one port: a supervisor that owns the sockets, and the workers that it keeps."""
