@@ -7,6 +7,7 @@ drive it by but what is let in.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -157,15 +158,15 @@ class TgiAdapter(OpenAIAdapter):
         )
 
     def prepare(self, request: OutgoingRequest) -> UpstreamCall:
-        """As OpenAI. Completions carry their usage unasked, so only a chat is asked for it.
+        """As OpenAI, without what TGI refuses though it means nothing: `top_p` of 1, and a `stop` that is no list.
 
-        Raises UpstreamError(UNSUPPORTED) for a generating route that TGI does not have.
+        Completions carry their usage unasked, so only a chat is asked for it. Raises UpstreamError(UNSUPPORTED)
+        for a generating route that TGI does not have.
         """
         if request.path in _ABSENT:
             raise UpstreamError(Failure.UNSUPPORTED, f"TGI has no {request.path}")
-        if request.want_usage and request.path != _CHAT:
-            request = replace(request, want_usage=False)
-        return super().prepare(request)
+        want_usage = request.want_usage and request.path == _CHAT
+        return super().prepare(replace(request, body=_readable(request.body), want_usage=want_usage))
 
     def stream_failure(self, first_event: bytes) -> UpstreamError | None:
         """The error that a stream's first event carries, by its words: all of them come as status 422."""
@@ -240,6 +241,27 @@ def is_tgi(info: Mapping[str, object]) -> bool:
     """Whether an answer of /info is TGI's. Its sister for embeddings has the route too, but no such limits."""
     limits = ("max_total_tokens", "max_concurrent_requests", "max_best_of")
     return isinstance(info.get("model_id"), str) and all(_positive_int(info.get(name)) for name in limits)
+
+
+def _readable(body: bytes) -> bytes:
+    """A body with `top_p` of 1 or a `stop` that is a text, in TGI's words; any other comes back as it is."""
+    if b'"top_p"' not in body and b'"stop"' not in body:
+        return body
+    try:
+        # By the standard library: orjson makes floats of whole numbers beyond 64 bits.
+        parsed = json.loads(body)
+        if not isinstance(parsed, dict):
+            return body
+        written = dict(parsed)
+        if written.get("top_p") == 1:
+            del written["top_p"]
+        if isinstance(written.get("stop"), str):
+            written["stop"] = [written["stop"]]
+        if written == parsed:
+            return body
+        return json.dumps(written, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (ValueError, RecursionError):
+        return body
 
 
 def _tokenize_question(body: Mapping[str, object]) -> tuple[str, dict[str, object]]:
