@@ -13,6 +13,7 @@ from aiohttp import web
 
 from gateway.app import Gateway, running
 from gateway.config import BackendSettings, LimitSettings, Settings
+from gateway.shared import PolicySource
 from tiergate.root import wire
 
 MODEL = "test-model"
@@ -252,12 +253,17 @@ def settings_for(*engines: Engine, **more: object) -> Settings:
 
 @contextlib.asynccontextmanager
 async def gateway(
-    settings: Settings, up: int | None = None, write_log: Callable[[bytes], None] | None = None
+    settings: Settings,
+    up: int | None = None,
+    write_log: Callable[[bytes], None] | None = None,
+    policy: PolicySource | None = None,
 ) -> AsyncIterator[Gateway]:
     """A running gateway whose backends are up."""
     wiring = await asyncio.to_thread(wire, settings)
     if write_log is not None:
         wiring = replace(wiring, write_log=write_log)
+    if policy is not None:
+        wiring = replace(wiring, policy=policy)
     async with running(settings, wiring) as made:
         wanted = len(settings.backends) if up is None else up
         await until(lambda: made.fleet.up >= wanted)
