@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from scheduling import events as ev
 from scheduling.decisions import Refusal, RefusalKind
@@ -114,9 +115,19 @@ class Dispatcher:
         """What this replica carries on a backend."""
         return self.fleet[backend].own_load()
 
-    def publish(self, backend: str, now_s: float) -> LoadVector:
-        """The same, to be published to the store at once: limits of later reservations count on it."""
-        return self.fleet[backend].publish(now_s)
+    # --- publishing ----------------------------------------------------------------------------------------
+
+    def begin_publish(self, backend: str) -> LoadVector | None:
+        """What is to be published of a backend; None when there is nothing new, or a lease there has been asked
+        for and not answered. The shell asks only when the store has answered for every lease that ended there."""
+        return self.fleet[backend].begin_publish()
+
+    def settle_publish(self, backend: str, taken: bool | None) -> None:
+        """The store took it, refused it, or (None) nobody knows. From `begin_publish` until then limits hold for
+        either."""
+        ledger = self.fleet.get(backend)
+        if ledger is not None:
+            ledger.settle_publish(taken)
 
     # --- requests ------------------------------------------------------------------------------------------
 
@@ -155,6 +166,8 @@ class Dispatcher:
             return
         if ticket.phase is not Phase.RESERVING:
             return  # the same answer again
+        if event.backend in self.fleet:
+            self.fleet[event.backend].granted(event.lease_id)
         if ticket.gone:
             self._end(ticket, ev.EndKind.CANCELLED, now_s, out)
             return
@@ -171,7 +184,11 @@ class Dispatcher:
         )
 
     def _reserve_refused(self, event: ev.ReserveRefused, now_s: float, out: list[ev.Action]) -> None:
-        for name, foreign in event.foreign.items():
+        for name, told in event.foreign.items():
+            known = self.fleet.get(name)
+            foreign = told
+            if known is not None and told.decodes and not (told.slack or told.queued_slack):
+                foreign = replace(told, slack=known.foreign.slack, queued_slack=known.foreign.queued_slack)
             self._set_foreign(name, foreign, now_s)
         ticket = self._desk.of_lease(event.lease_id)
         if ticket is None or ticket.phase is not Phase.RESERVING:
@@ -461,6 +478,5 @@ class Dispatcher:
     def _set_foreign(self, name: str, foreign: LoadVector, now_s: float) -> None:
         ledger = self.fleet.get(name)
         if ledger is not None:
-            ledger.foreign = foreign
-            ledger.refresh(now_s)
+            ledger.set_foreign(foreign, self.fleet.tightest_of(foreign.residents), now_s)
             self.fleet.reorder(ledger)

@@ -150,13 +150,14 @@ def residents_keep_pace(ledger: Ledger, prefill: Prefill) -> bool:
     first_s = prefill.wait_s + prefill.first_step_s * margin
     all_s = prefill.wait_s + prefill.total_s * margin
     steps = prefill.steps
-    for tpot_s, slack_s in ledger.slack_floor:
+    for tpot_s, slack_s in ledger.slack_floor + ledger.foreign.slack:
         left_s = slack_s - SLACK_RESERVE * tpot_s
         if first_s > left_s + tpot_s or all_s > left_s + steps * tpot_s:
             return False
-    if ledger.queued_slack_floor:
+    queued = ledger.queued_slack_floor + ledger.foreign.queued_slack
+    if queued:
         own_s = prefill.own_s * margin
-        for tpot_s, slack_s in ledger.queued_slack_floor:
+        for tpot_s, slack_s in queued:
             if own_s > slack_s + (prefill.own_steps - SLACK_RESERVE) * tpot_s:
                 return False
     return True

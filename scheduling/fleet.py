@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from scheduling.backends import Backend, BackendState
 from scheduling.ledger import Ledger
@@ -40,6 +40,9 @@ class Fleet:
 
     def get(self, name: str) -> Ledger | None:
         return self._ledgers.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ledgers
 
     def __iter__(self) -> Iterator[Ledger]:
         return iter(self._ledgers.values())
@@ -81,6 +84,11 @@ class Fleet:
         self.tiers = tiers
         for ledger in self._ledgers.values():
             self.reorder(ledger)
+
+    def tightest_of(self, residents: Mapping[str, int]) -> float:
+        """The tightest pace of residents counted by tier; infinity without any, or where their tier is gone."""
+        tiers = [tier.host_tpot_s for tier in self.tiers.tiers if residents.get(tier.name)]
+        return min(tiers, default=math.inf)
 
     # --- the gradient --------------------------------------------------------------------------------------
 

@@ -145,6 +145,12 @@ class GrowthCurve:
         seqs_before -= gone.sequences
         self._find_peak()
 
+    def add_foreign(self, tokens: int) -> None:
+        """Other replicas' residents hold so many more, or less; at least one resident is here."""
+        everybody = self._suffix_kv[: len(self._remaining) + 1]
+        everybody += tokens
+        self._find_peak()
+
     def _find_peak(self) -> None:
         count = len(self._remaining)
         peaks = self._peaks[:count]

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 
 from scheduling.backends import Backend
 from scheduling.growth import GrowthCurve
-from scheduling.load import LoadVector
+from scheduling.load import Floor, LoadVector
+from scheduling.news import Told
 from scheduling.residents import RECOUNT_TOKENS, Resident
+from scheduling.slack import finite, floor_of_queued, lowered, raised
 from scheduling.stored import Stored
 from tiergate_engine.step import Step
 
@@ -47,8 +49,10 @@ class Ledger:
         "_decode_step_s",
         "_growth",
         "_newcomer",
+        "_told",
         "_unstreamed",
         "alone_s",
+        "asked",
         "backend",
         "blocked_until_s",
         "claiming_for",
@@ -59,6 +63,7 @@ class Ledger:
         "failures",
         "floor_s",
         "foreign",
+        "foreign_tpot_s",
         "kv_tokens",
         "last_step_s",
         "load",
@@ -87,6 +92,8 @@ class Ledger:
         self.claiming_for: str | None = None
         self.residents: dict[str, Resident] = {}
         self.foreign = _NOTHING
+        self.foreign_tpot_s = math.inf  # the tightest pace of other replicas' residents
+        self.asked = 0  # residents whose lease the store has not answered for
         self.failures = 0
         self.blocked_until_s = -math.inf
         self.empty_checks = 0
@@ -96,6 +103,7 @@ class Ledger:
         self.prefill_work = 0.0
         self.prefill_work_s = 0.0
         self.stored = Stored()
+        self._told = Told()
         self.load = 0.0
         self._unstreamed = 0
         self._growth = GrowthCurve()
@@ -107,9 +115,9 @@ class Ledger:
         self.queued = 0
         self.kv_tokens = self.decode_kv_tokens = self.peak_kv_tokens = self.foreign.peak_kv_tokens
         self.queued_prefill_tokens = self.foreign.queued_prefill_tokens
-        self.tightest_tpot_s = math.inf
-        self.slack_floor: tuple[tuple[float, float], ...] = ()
-        self.queued_slack_floor: tuple[tuple[float, float], ...] = ()
+        self.tightest_tpot_s = self.foreign_tpot_s
+        self.slack_floor: Floor = ()
+        self.queued_slack_floor: Floor = ()
         self._newcomer: Resident | None = None
         self._growth.clear(self.foreign.peak_kv_tokens)
         self.peak_after_tokens = 0.0
@@ -132,17 +140,27 @@ class Ledger:
         first = not self.residents
         self.residents[resident.lease_id] = resident
         self._unstreamed += not resident.request.streamed
-        self.stored.add(resident.cost)
+        self.asked += 1
+        resident.asked = True
+        resident.number = self.stored.add(resident.cost)
         if first or self._unstreamed:
             self.refresh(now_s)
         else:
             self._add(resident, now_s)
 
+    def granted(self, lease_id: str) -> None:
+        """The store answered: the lease stands."""
+        resident = self.residents.get(lease_id)
+        if resident is not None and resident.asked:
+            resident.asked = False
+            self.asked -= 1
+
     def remove(self, lease_id: str, now_s: float) -> Resident | None:
         resident = self.residents.pop(lease_id, None)
         if resident is None:
             return None
-        self.stored.take(resident.cost, resident.placed_s)
+        self.asked -= resident.asked
+        self.stored.take(resident.cost, resident.number)
         if not resident.first_token:
             self.prefill_since_s = now_s  # whose prompt the engine had been at is not known
         if not self.residents or self._unstreamed:
@@ -152,11 +170,43 @@ class Ledger:
             self._subtract(resident)
         return resident
 
-    def publish(self, now_s: float) -> LoadVector:
-        """What this replica carries here, for the store: from then on it counts this in place of single costs."""
+    def begin_publish(self) -> LoadVector | None:
+        """What this replica carries here, for the store to count in place of single costs; None when it counts
+        about that already, when a lease has been asked for and not answered, or while a publish is on its way.
+
+        Whoever publishes it says by `settle_publish` what came of it."""
+        if self.asked or self.stored.publishing:
+            return None
         own = self.own_load()
-        self.stored.publish(own, now_s)
+        if not self._told.is_news(own, self.stored):
+            return None
+        self.stored.begin(own)
+        self._told.begin(own)
         return own
+
+    def settle_publish(self, taken: bool | None) -> None:
+        """The store took what was published, refused it, or (None) nobody knows."""
+        self.stored.settle(taken)
+        self._told.settle(taken)
+
+    def set_foreign(self, foreign: LoadVector, tpot_s: float, now_s: float) -> None:
+        """Other replicas carry this here; the tightest pace among their residents is `tpot_s`."""
+        before, self.foreign, self.foreign_tpot_s = self.foreign, foreign, tpot_s
+        if not self.residents or self._unstreamed:
+            self.refresh(now_s)
+            return
+        self._take_newcomer_in()
+        decodes = foreign.decodes - before.decodes
+        kv_tokens = foreign.peak_kv_tokens - before.peak_kv_tokens
+        self.seqs += decodes
+        self.decodes += decodes
+        self.kv_tokens += kv_tokens
+        self.decode_kv_tokens += kv_tokens
+        self.queued_prefill_tokens += foreign.queued_prefill_tokens - before.queued_prefill_tokens
+        self._loosen()
+        self._forget_steps()
+        self._growth.add_foreign(kv_tokens)
+        self._read_growth()
 
     def _subtract(self, resident: Resident) -> None:
         """What `refresh` makes of a streamed resident's end, without looking at the others."""
@@ -178,34 +228,21 @@ class Ledger:
         self._read_growth()
 
     def _raise_floor(self, gone: Resident, *, queued: bool) -> None:
-        """The slack floors after somebody left one: only those of the same pace are looked at, and only if the
-        one who left had the least slack."""
-        pace_s = gone.tpot_s
-        floor = dict(self.queued_slack_floor if queued else self.slack_floor)
-        if pace_s not in floor or gone.slack_s > floor[pace_s]:
-            return
-        least_s = min(
-            [
-                one.slack_s
-                for one in self.residents.values()
-                if one.tpot_s == pace_s and one.first_token is not queued and not one.lost and one is not gone
-            ],
-            default=math.inf,
-        )
-        floor[pace_s] = least_s
-        if least_s == math.inf:
-            del floor[pace_s]
+        """The slack floors after somebody left one."""
         if queued:
-            self.queued_slack_floor = tuple(floor.items())
+            self.queued_slack_floor = raised(self.queued_slack_floor, gone, self.residents.values())
         else:
-            self.slack_floor = tuple(floor.items())
+            self.slack_floor = raised(self.slack_floor, gone, self.residents.values())
 
     def _loosen(self) -> None:
         """The tightest pace on board, after somebody left it or lost its promise: the floors name every pace that
         anybody still stands for."""
         self.tightest_tpot_s = min(
-            [tpot_s for tpot_s, _ in self.slack_floor] + [tpot_s for tpot_s, _ in self.queued_slack_floor],
-            default=math.inf,
+            [
+                self.foreign_tpot_s,
+                *[tpot_s for tpot_s, _ in self.slack_floor],
+                *[tpot_s for tpot_s, _ in self.queued_slack_floor],
+            ]
         )
 
     def first_token(self, lease_id: str, now_s: float) -> None:
@@ -237,10 +274,7 @@ class Ledger:
             resident.lost = True
             self._loosen()
             return
-        floor = dict(self.slack_floor)
-        if left_s < floor.get(resident.tpot_s, math.inf):
-            floor[resident.tpot_s] = left_s
-            self.slack_floor = tuple(floor.items())
+        self.slack_floor = lowered(self.slack_floor, resident.tpot_s, left_s)
 
     def _add(self, resident: Resident, now_s: float) -> None:
         """What `refresh` makes of a newcomer whose prompt is queued, without looking at the others."""
@@ -254,10 +288,7 @@ class Ledger:
             resident.lost = True
         if not resident.lost:
             self.tightest_tpot_s = min(self.tightest_tpot_s, resident.tpot_s)
-            floor = dict(self.queued_slack_floor)
-            if left_s < floor.get(resident.tpot_s, math.inf):
-                floor[resident.tpot_s] = left_s
-                self.queued_slack_floor = tuple(floor.items())
+            self.queued_slack_floor = lowered(self.queued_slack_floor, resident.tpot_s, left_s)
         # Only the peak is wanted at once; the curve takes the newcomer in when it is asked for next.
         self.peak_kv_tokens = self.peak_kv_with(resident.request.prompt_tokens, resident.remaining_tokens, count)
         self.peak_after_tokens = math.inf
@@ -310,25 +341,9 @@ class Ledger:
             if left_s < slack.get(tpot_s, infinity):
                 slack[tpot_s] = left_s
         self.slack_floor = tuple(slack.items())
-        self.tightest_tpot_s = min(tightest_s, self._walk_queued(waiting, now_s))
+        self.queued_slack_floor, queued_s = floor_of_queued(waiting, now_s)
+        self.tightest_tpot_s = min(tightest_s, queued_s, self.foreign_tpot_s)
         self._sum_up(decodes, decode_kv_tokens, waiting)
-
-    def _walk_queued(self, waiting: list[Resident], now_s: float) -> float:
-        """The slack floor of those whose prompts are queued; their tightest pace."""
-        slack = dict[float, float]()
-        tightest_s = math.inf
-        for resident in waiting:
-            if resident.lost:
-                continue
-            left_s = resident.due_s - max(resident.expected_first_s, now_s)
-            if left_s < 0.0 and resident.request.streamed:
-                resident.lost = True
-                continue
-            tightest_s = min(tightest_s, resident.tpot_s)
-            if left_s < slack.get(resident.tpot_s, math.inf):
-                slack[resident.tpot_s] = left_s
-        self.queued_slack_floor = tuple(slack.items())
-        return tightest_s
 
     def _sum_up(self, decodes: int, decode_kv_tokens: int, waiting: list[Resident]) -> None:
         """The sums, of those who decode and those whose prompts are queued."""
@@ -405,30 +420,13 @@ class Ledger:
             known = self._chunk_within = (within_s, chunk, took_s)
         return known[1], known[2]
 
-    def first_token_floor_s(self, prompt_tokens: int, now_s: float, within_s: float = math.inf) -> float:
-        """A bound: no newcomer with so many prompt tokens has its first token sooner, whatever else happens.
-
-        All steps but the last carry a full chunk, or on an engine driven to `within_s` the largest that keeps it,
-        and the last takes no less than the decodes alone; what is queued ahead has lost at most a chunk for every
-        step that can have ended since its head began.
-        """
-        if within_s < math.inf:
-            chunk, chunk_s = self.chunk_within(within_s)
-        else:
-            chunk, chunk_s = self.full_chunk_tokens, self.chunk_step_s
-        queued = self.queued_prefill_tokens
-        if queued and self.decode_step_s > 0.0:
-            # other replicas' queues, which show no progress, have at most the step in flight behind them
-            since_s = max(now_s - self.prefill_since_s, 0.0) if self.queued else 0.0
-            prompt_tokens += max(queued - (int(since_s / self.decode_step_s) + 1) * chunk, 0)
-        return (prompt_tokens - 1) // chunk * chunk_s + self.decode_step_s
-
     def _chunk_room(self) -> float:
-        if not self.slack_floor:
+        floors = self.slack_floor + self.foreign.slack
+        if not floors:
             return math.inf
         backend = self.backend
         most = max((backend.limits.max_batched_tokens or _MOST_CHUNK_TOKENS) - self.decodes, 1)
-        within_s = min([slack_s + (1.0 - SLACK_RESERVE) * tpot_s for tpot_s, slack_s in self.slack_floor])
+        within_s = min([slack_s + (1.0 - SLACK_RESERVE) * tpot_s for tpot_s, slack_s in floors])
         decodes = Step.decode(self.decodes, self.decode_kv_tokens)
         room = backend.step_time.chunk_tokens(decodes, within_s / backend.margin, 0, most)
         return room if room < most else math.inf
@@ -488,6 +486,8 @@ class Ledger:
             max(self.peak_kv_tokens - self.foreign.peak_kv_tokens, 0),
             self.queued_prefill_tokens - self.foreign.queued_prefill_tokens,
             residents,
+            slack=finite(self.slack_floor),
+            queued_slack=finite(self.queued_slack_floor),
         )
 
     @property

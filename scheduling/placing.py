@@ -13,7 +13,7 @@ from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge, limits_
 from scheduling.ledger import Ledger
 from scheduling.load import Cost, ReserveCandidate
 from scheduling.policies.protocol import Admission, Stage
-from scheduling.predict import expected_tpot_s, own_prompt_tokens, steady_step_s, walk_prefill
+from scheduling.predict import expected_tpot_s, first_token_floor_s, own_prompt_tokens, steady_step_s, walk_prefill
 
 RECORDED_CANDIDATES = 24
 """Candidates a decision names one by one; the rest are counted by verdict in its reason."""
@@ -108,7 +108,7 @@ def _at_a_glance(
             return Verdict.RESIDENT_SLACK
         if checks.first_token:
             within_s = min(pace_s, ledger.tightest_tpot_s) / margin if driven else math.inf
-            floor_s = ledger.first_token_floor_s(prompt_tokens, now_s, within_s)
+            floor_s = first_token_floor_s(ledger, prompt_tokens, now_s, within_s)
             if now_s + floor_s * margin > ask.ttft_due_s:
                 return Verdict.FIRST_TOKEN
     capacity = backend.limits.kv_tokens
@@ -177,8 +177,11 @@ def candidate_for(choice: Choice, ask: Ask) -> ReserveCandidate:
         tpot_ms=ask.own_tpot_s * 1e3,
     )
     limits = limits_for(ledger, ask, choice.judged)
-    # a router without tiers looked at no resident's promise, so it assumes nothing about them
-    tightest_ms = 0.0 if choice.outcome is Outcome.ROUTED else choice.judged.pace_s * 1e3
+    # A router without tiers looked at no resident's promise, so it assumes nothing about them. To the store a
+    # lease keeps its pace when its promise is lost; of those that are ours it is known that they hold nobody back.
+    tightest_ms = 0.0
+    if choice.outcome is not Outcome.ROUTED:
+        tightest_ms = min(choice.judged.pace_s * 1e3, ledger.stored.tightest_ms)
     return ReserveCandidate(ledger.backend.name, cost, limits, tightest_ms, ledger.epoch)
 
 

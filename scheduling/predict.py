@@ -76,6 +76,25 @@ def own_prompt_tokens(request: Request) -> int:
     return max((request.prompt_tokens - request.cached_tokens) * request.sequences, 1)
 
 
+def first_token_floor_s(ledger: Ledger, prompt_tokens: int, now_s: float, within_s: float = math.inf) -> float:
+    """A bound: no newcomer with so many prompt tokens has its first token sooner, whatever else happens.
+
+    All steps but the last carry a full chunk, or on an engine driven to `within_s` the largest that keeps it,
+    and the last takes no less than the decodes alone; what is queued ahead has lost at most a chunk for every
+    step that can have ended since its head began.
+    """
+    if within_s < math.inf:
+        chunk, chunk_s = ledger.chunk_within(within_s)
+    else:
+        chunk, chunk_s = ledger.full_chunk_tokens, ledger.chunk_step_s
+    queued = ledger.queued_prefill_tokens
+    if queued and ledger.decode_step_s > 0.0:
+        # other replicas' queues, which show no progress, have at most the step in flight behind them
+        since_s = max(now_s - ledger.prefill_since_s, 0.0) if ledger.queued else 0.0
+        prompt_tokens += max(queued - (int(since_s / ledger.decode_step_s) + 1) * chunk, 0)
+    return (prompt_tokens - 1) // chunk * chunk_s + ledger.decode_step_s
+
+
 def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) -> Prefill:
     """Walk the steps until the newcomer's first token. `pace_s` sets the chunk of an engine that is driven."""
     backend = ledger.backend

@@ -16,6 +16,7 @@ class Resident:
     """One request on a backend, from the moment its place was asked for until its lease ends."""
 
     __slots__ = (
+        "asked",
         "cost",
         "drawn_kv_tokens",
         "drawn_remaining_tokens",
@@ -29,7 +30,7 @@ class Resident:
         "lease_id",
         "lengths",
         "lost",
-        "placed_s",
+        "number",
         "prefill_tokens",
         "recount_at_tokens",
         "remaining_tokens",
@@ -46,7 +47,8 @@ class Resident:
         self.request = request
         self.cost = cost
         self.lengths = lengths
-        self.placed_s = placed_s
+        self.asked = False  # the store has not answered yet
+        self.number = 0  # its lease's in `scheduling.stored`
         self.seen_s = placed_s
         self.guest = guest
         self.first_token = False

@@ -14,6 +14,7 @@ from simulator.engines import StreamTimes
 from simulator.requests import SimRequest
 from simulator.served import Served
 from simulator.store import SimStore, View
+from state.contract import Publication
 from tiergate_engine.model import SequenceTooLong
 
 TIMER_LATE_S = 0.001
@@ -45,7 +46,6 @@ class Replica:
         self._agenda = fleet.agenda
         self._store = store
         self._view = View()
-        self._published: set[str] = set()  # backends that the store counts a load of ours on
         self._wake_s: float | None = None
         self._requests: dict[str, SimRequest] = {}
         self._open: dict[str, tuple[SimRequest, ev.Open]] = {}  # by lease
@@ -64,16 +64,21 @@ class Replica:
                 self._claim(ev.Claim(ledger.backend.name, ledger.claiming_for, ledger.epoch, "dealt"))
 
     def publish(self) -> None:
-        """Tell the store what this replica carries, where it carries anything or did."""
+        """Tell the store what this replica carries, where that is news. Its answer comes at once, and there is
+        never a lease that it has not answered for."""
         if self._store is None:
             return
-        for ledger in self.dispatcher.fleet:
+        dispatcher = self.dispatcher
+        begun: list[Publication] = []
+        for ledger in dispatcher.fleet:
             name = ledger.backend.name
-            if ledger.residents or name in self._published:
-                self._published.add(name)
-                self._store.publish(name, self.dispatcher.publish(name, self._agenda.now_s))
-                if not ledger.residents:
-                    self._published.discard(name)
+            sequence = self._store.sequence_of(name)
+            own = dispatcher.begin_publish(name)
+            if own is not None:
+                begun.append(Publication(name, own, sequence + 1))
+        taken = self._store.publish(begun)
+        for one in begun:
+            dispatcher.settle_publish(one.backend, one.backend in taken)
 
     def changes(self, hidden: set[str]) -> list[ev.Event]:
         """What the store says of the others that this replica was not told yet, but of some backends."""

@@ -52,8 +52,11 @@ class SimStore:
             return ev.HandedBack(backend, membership.epoch)
         return ev.HandBackRefused(backend, membership.tier, membership.epoch)
 
-    def publish(self, backend: str, own: LoadVector) -> None:
-        _now(self._store.publish([Publication(backend, own, self._store.sequence_of(backend) + 1)]))
+    def sequence_of(self, backend: str) -> int:
+        return self._store.sequence_of(backend)
+
+    def publish(self, publications: Sequence[Publication]) -> frozenset[str]:
+        return _now(self._store.publish(publications))
 
     def view(self) -> Mapping[str, BackendLoad]:
         return _now(self._store.view())
