@@ -158,13 +158,13 @@ class Shell:
         if ticket.stage is Stage.OPENING:
             self.pace.opened(ticket)
 
-    def open_failed(self, ticket: Ticket, *, retryable: bool, cause: str) -> None:
+    def open_failed(self, ticket: Ticket, *, retryable: bool, cause: str, at_fault: bool = True) -> None:
         assert ticket.lease_id is not None
         self._opened(ticket)
         lease_id, ticket.lease_id, ticket.backend = ticket.lease_id, None, None
         ticket.stage = Stage.HELD
         self.counts.retried += retryable
-        self.feed(OpenFailed(ticket.request.request_id, lease_id, retryable, cause))
+        self.feed(OpenFailed(ticket.request.request_id, lease_id, retryable, cause, at_fault))
 
     def ended(self, ticket: Ticket, kind: EndKind) -> None:
         """The engine's answer is over. Idempotent."""

@@ -132,7 +132,8 @@ class Exchange:
                     ticket.ended(EndKind.FAILED)
                     raise InvalidRequest(str(error), code=error.failure.value) from error
                 self._suspect(order, error)
-                ticket.open_failed(retryable=True, cause=str(error))
+                at_fault = error.failure is not Failure.UNSUPPORTED
+                ticket.open_failed(retryable=True, cause=str(error), at_fault=at_fault)
                 continue
             except Rejected as rejected:
                 self._kind = EndKind.FAILED

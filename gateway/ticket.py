@@ -130,9 +130,9 @@ class Ticket:
         """The engine began to answer."""
         self._shell.first_token(self)
 
-    def open_failed(self, *, retryable: bool, cause: str) -> None:
+    def open_failed(self, *, retryable: bool, cause: str, at_fault: bool = True) -> None:
         """The backend failed before the client's first byte; the next order says what follows."""
-        self._shell.open_failed(self, retryable=retryable, cause=cause)
+        self._shell.open_failed(self, retryable=retryable, cause=cause, at_fault=at_fault)
 
     def ended(self, kind: EndKind) -> None:
         """The exchange is over; idempotent."""

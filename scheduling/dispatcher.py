@@ -229,7 +229,7 @@ class Dispatcher:
         if not event.retryable:
             self._desk.end(ticket, ev.EndKind.FAILED)
         else:
-            if ledger is not None:
+            if ledger is not None and event.at_fault:
                 self._rest(ledger, now_s)
             ticket.excluded |= {name} if name else frozenset()
             ticket.cause = event.cause

@@ -83,12 +83,16 @@ class ReserveRefused:
 
 @dataclass(frozen=True, slots=True)
 class OpenFailed:
-    """The backend failed before the client's first byte. `retryable`: another backend may be tried."""
+    """The backend failed before the client's first byte. `retryable`: another backend may be tried.
+
+    `at_fault`: it may fail the next request too, so it rests for a while. One that only lacks what was asked does not.
+    """
 
     request_id: str
     lease_id: str
     retryable: bool
     cause: str
+    at_fault: bool = True
 
 
 @dataclass(frozen=True, slots=True)

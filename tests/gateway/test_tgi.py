@@ -216,9 +216,14 @@ async def test_routes_that_only_vllm_has_are_served_by_it() -> None:
                 async with ask.session.post(f"{ask.base}/v1/messages", json=body) as answer:
                     assert answer.status == 200, await answer.text()
                     assert answer.headers["x-tiergate-backend"] == "vllm"
+            assert tgi.seen == []
+            # To lack a route is no fault: the others' requests still go there.
+            before = made.shell.counts.retried
+            assert [(await ask.read_chat(max_tokens=2))[0] for _ in range(4)] == [200] * 4
+            assert len(tgi.seen) == 2
+            assert made.shell.counts.retried == before > 0
             await settled(made)
             assert idle(made)
-        assert tgi.seen == []
     async with _alone() as (_, _, ask), ask.session.post(f"{ask.base}/v1/messages", json=body) as answer:
         assert answer.status == 404
         assert "TGI has no /v1/messages" in await answer.text()
