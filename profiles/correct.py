@@ -4,16 +4,21 @@ An observation is compared with what the profile predicts for the same step. The
 the ratios, newest first with a half-life in observations, and the profile itself counts as a few observations of
 ratio one. A median does not move for outliers (a garbage collection, a stalled network), and needs no step size.
 The error that is shown is prequential: every observation is judged by the factor from before it was seen.
+
+What other replicas observed of the same backend counts like one's own, in bins half a percent wide
+(`profiles.evidence`): the factor is the median of all ratios together.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from profiles.evidence import UNIT, RegimeEvidence, StepEvidence, binned
 from profiles.format import ProfileError
 from tiergate_engine.step import Step, StepTime
 from tiergate_engine.steptime import ScaledStepTime
@@ -28,6 +33,8 @@ _WIDEST_LOG = math.log(50.0)  # a factor beyond 50 either way says that the obse
 _ENOUGH_ERRORS = 20  # before that many, an error quantile is the profile's own
 _UNKNOWN_ERROR = 0.5  # p90 of a prior that nobody has tested
 _FACTOR_EVERY = 8  # observations between refreshes of the factor that judges
+RATIO_WIDTH = 0.005  # of the bins in which ratios are told to others, in logarithms: half a percent
+ERROR_WIDTH = 0.002  # the same for errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,39 @@ class _Regime:
         self.errors: deque[float] = deque(maxlen=_KEPT)
         self.observations = 0
         self._log_factor = 0.0
+        self._heard_ratios: list[tuple[float, float]] = []
+        self._heard_errors: list[tuple[float, float]] = []
+        self._heard_observations = 0.0
+
+    @property
+    def knows(self) -> bool:
+        """Whether anybody has observed anything."""
+        return self.observations > 0 or self._heard_observations > 0
+
+    def hear(self, others: RegimeEvidence) -> None:
+        """What all others together have observed, in place of what was heard before."""
+        self._heard_ratios = [(bin_ * RATIO_WIDTH, weight / UNIT) for bin_, weight in others.log_ratios.items()]
+        self._heard_errors = [
+            (math.expm1(bin_ * ERROR_WIDTH), weight / UNIT) for bin_, weight in others.errors.items()
+        ]
+        self._heard_observations = others.observations / UNIT
+
+    def evidence(self) -> RegimeEvidence:
+        """What was observed here."""
+        return RegimeEvidence(
+            log_ratios=binned(self._own_ratios(), RATIO_WIDTH),
+            errors=binned(((math.log1p(error), 1.0) for error in self.errors), ERROR_WIDTH),
+            observations=self.observations * UNIT,
+        )
+
+    def _own_ratios(self) -> list[tuple[float, float]]:
+        """The log ratios with their weights."""
+        weighted = []
+        weight, decay = 1.0, 0.5 ** (1.0 / _HALF_LIFE)
+        for value in reversed(self.log_ratios):
+            weighted.append((value, weight))
+            weight *= decay
+        return weighted
 
     def observe(self, log_ratio: float, start_log: float) -> None:
         if self.observations % _FACTOR_EVERY == 0 or self.observations < _FACTOR_EVERY:
@@ -92,11 +132,7 @@ class _Regime:
 
     def log_factor(self, start_log: float) -> float:
         """The weighted median of the log ratios, with the starting point among them."""
-        weighted = [(start_log, _PROFILE_WEIGHT)]
-        weight, decay = 1.0, 0.5 ** (1.0 / _HALF_LIFE)
-        for value in reversed(self.log_ratios):
-            weighted.append((value, weight))
-            weight *= decay
+        weighted = [(start_log, _PROFILE_WEIGHT), *self._own_ratios(), *self._heard_ratios]
         weighted.sort()
         half = sum(item[1] for item in weighted) / 2.0
         total = 0.0
@@ -107,10 +143,10 @@ class _Regime:
         return start_log
 
     def snapshot(self, start_log: float) -> RegimeCorrection:
-        errors = sorted(self.errors)
+        errors = sorted([*((error, 1.0) for error in self.errors), *self._heard_errors])
         return RegimeCorrection(
             math.exp(self.log_factor(start_log)),
-            self.observations,
+            self.observations + round(self._heard_observations),
             _quantile(errors, 0.5),
             _quantile(errors, 0.9),
         )
@@ -152,6 +188,7 @@ class Corrector:
         self._decode = _Regime()
         self._mixed = _Regime()
         self._steps = 0
+        self._heard_steps = 0.0
         self._version = 0
 
     def observe(self, step: Step, seconds: float, steps: int = 1) -> None:
@@ -198,7 +235,7 @@ class Corrector:
         mixed = self._mixed.snapshot(math.log(decode.factor))
         return CorrectedProfile(
             ScaledStepTime(self._base, decode.factor, mixed.factor),
-            self._measured or self._steps >= CALIBRATED_STEPS,
+            self._measured or self._steps + self._heard_steps >= CALIBRATED_STEPS,
             self._current_p90(decode),
             self._version,
             decode,
@@ -220,11 +257,35 @@ class Corrector:
         self._steps = state.steps
         self._version += 1
 
+    @property
+    def base(self) -> str:
+        """Which profile the ratios are relative to."""
+        decode_s = self._base.decode_seconds(8, 8_000)
+        return f"{decode_s:.6e} {self._base.seconds_of(512, 1, 0, 512 * 256, 8, 8_000):.6e}"
+
+    def evidence(self) -> StepEvidence:
+        """What was observed here, for other replicas; nothing of what was heard from them."""
+        return StepEvidence(
+            base=self.base,
+            decode=self._decode.evidence(),
+            mixed=self._mixed.evidence(),
+            steps=self._steps * UNIT,
+        )
+
+    def hear(self, others: Iterable[StepEvidence]) -> None:
+        """What each other replica has observed, in place of what was heard before. What is relative to another
+        profile is left out."""
+        together = StepEvidence.merge(self.base, others)
+        self._decode.hear(together.decode)
+        self._mixed.hear(together.mixed)
+        self._heard_steps = together.steps / UNIT
+        self._version += 1
+
     def _learn(self, regime: _Regime, predicted_s: float, seconds: float, steps: int) -> None:
         if not (math.isfinite(seconds) and seconds > 0.0 and predicted_s > 0.0):
             return
         log_ratio = min(max(math.log(seconds / predicted_s), -_WIDEST_LOG), _WIDEST_LOG)
-        start_log = self._decode.log_factor(0.0) if regime is self._mixed and not regime.observations else 0.0
+        start_log = self._decode.log_factor(0.0) if regime is self._mixed and not regime.knows else 0.0
         regime.observe(log_ratio, start_log)
         self._steps += max(steps, 1)
         self._version += 1
@@ -235,7 +296,12 @@ class Corrector:
         return decode.p90_error
 
 
-def _quantile(ordered: list[float], share: float) -> float | None:
-    if not ordered:
-        return None
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+def _quantile(ordered: list[tuple[float, float]], share: float) -> float | None:
+    """The value of (value, weight) below which lies this share of the weight; None without any."""
+    beyond = share * sum(weight for _, weight in ordered)
+    total = 0.0
+    for value, weight in ordered:
+        total += weight
+        if total > beyond:
+            return value
+    return ordered[-1][0] if ordered else None

@@ -3,7 +3,8 @@
 Kaplan and Meier's product-limit estimator (JASA 1958) on logarithmic buckets: of the answers that reached a
 bucket, which share ended in it. Answers that are still running, were cancelled or hit their token limit are
 censored: they count as having reached their length, and say nothing of where they would have ended; leaving them
-out would make answers look shorter than they are. Old answers count less, with a half-life in answers.
+out would make answers look shorter than they are. Old answers count less, with a half-life in answers. What other
+replicas observed is added to one's own (`profiles.evidence`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from itertools import accumulate, pairwise
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from profiles.evidence import UNIT, LengthClass, LengthEvidence
 from profiles.format import ProfileError
 
 _PER_OCTAVE = 4
@@ -139,6 +141,7 @@ class LengthBook:
 
     def __init__(self) -> None:
         self._classes: dict[tuple[str, str | None], _Counts] = {}
+        self._heard: dict[tuple[str, str | None], LengthClass] = {}
 
     def observe(self, model: str, tier: str, output_tokens: int, *, finished: bool) -> None:
         """An answer ended after `output_tokens`. `finished`: by itself, not cut by a limit or a client."""
@@ -147,8 +150,47 @@ class LengthBook:
 
     def snapshot(self, model: str, tier: str, running: Iterable[int] = ()) -> SurvivalLengths:
         """What is known of a class now; `running` are the tokens that its unfinished answers have so far."""
-        pooled = _survive(self._classes.get((model, None)), (), _GUESS)
-        return _curve(*_survive(self._classes.get((model, tier)), running, pooled[0]))
+        pooled = _survive(*self._known(model, None), _GUESS)
+        ended, left = self._known(model, tier)
+        for tokens in running:
+            left[_bucket(tokens)] += 1.0
+        return _curve(*_survive(ended, left, pooled[0]))
+
+    def _known(self, model: str, tier: str | None) -> tuple[list[float], list[float]]:
+        """Weights of a class's answers by bucket, ended and censored: one's own and what was heard."""
+        own, heard = self._classes.get((model, tier)), self._heard.get((model, tier))
+        ended = [0.0] * len(_EDGES) if own is None else [value / own.unit for value in own.ended]
+        left = [0.0] * len(_EDGES) if own is None else [value / own.unit for value in own.censored]
+        if heard is not None:
+            for weights, into in ((heard.ended, ended), (heard.censored, left)):
+                for bucket, weight in weights.items():
+                    into[bucket] += weight / UNIT
+        return ended, left
+
+    def evidence(self) -> LengthEvidence:
+        """What was observed here, for other replicas; nothing of what was heard from them."""
+        return LengthEvidence(
+            buckets=len(_EDGES),
+            classes=tuple(
+                LengthClass(
+                    model=model,
+                    tier=tier,
+                    ended=_sparse(counts.ended, counts.unit),
+                    censored=_sparse(counts.censored, counts.unit),
+                )
+                for (model, tier), counts in sorted(self._classes.items(), key=_order)
+            ),
+        )
+
+    def hear(self, others: Iterable[LengthEvidence]) -> set[tuple[str, str]]:
+        """What each other replica has observed, in place of what was heard before. The classes that may have
+        changed by it."""
+        together = LengthEvidence.merge(len(_EDGES), others)
+        before, self._heard = self._heard, {(one.model, one.tier): one for one in together.classes}
+        changed = {key for key in before.keys() | self._heard.keys() if before.get(key) != self._heard.get(key)}
+        models = {model for model, _ in changed}
+        known = self._classes.keys() | self._heard.keys()
+        return {(model, tier) for model, tier in known if tier is not None and model in models}
 
     def to_json(self) -> str:
         """What was learned, for `restore` in another process or replica."""
@@ -166,6 +208,10 @@ class LengthBook:
         self._classes = {(model, tier): counts for model, tier, counts in saved.classes}
 
 
+def _sparse(weights: list[float], unit: float) -> dict[int, int]:
+    return {bucket: whole for bucket, weight in enumerate(weights) if (whole := round(weight / unit * UNIT))}
+
+
 def _order(item: tuple[tuple[str, str | None], _Counts]) -> tuple[str, str]:
     return item[0][0], item[0][1] or ""
 
@@ -180,15 +226,9 @@ def _guess() -> tuple[float, ...]:
 _GUESS = _guess()
 
 
-def _survive(
-    counts: _Counts | None, running: Iterable[int], before: tuple[float, ...]
-) -> tuple[tuple[float, ...], float]:
+def _survive(ended: list[float], left: list[float], before: tuple[float, ...]) -> tuple[tuple[float, ...], float]:
     """The product-limit curve over the edges, where `before` counts as `_PRIOR_WEIGHT` answers; and the weight."""
     size = len(_EDGES)
-    ended = [0.0] * size if counts is None else [value / counts.unit for value in counts.ended]
-    left = [0.0] * size if counts is None else [value / counts.unit for value in counts.censored]
-    for tokens in running:
-        left[_bucket(tokens)] += 1.0
     weight = sum(ended)
     # Who left inside a bucket was there for about half of it.
     at_risk = [0.0] * size
