@@ -85,7 +85,7 @@ class ReserveRefused:
 class OpenFailed:
     """The backend failed before the client's first byte. `retryable`: another backend may be tried.
 
-    `at_fault`: it may fail the next request too, so it rests for a while. One that only lacks what was asked does not.
+    `at_fault`: it may fail the next request too, so it rests; one that only lacks what was asked does not.
     """
 
     request_id: str

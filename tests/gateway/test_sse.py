@@ -65,7 +65,14 @@ def test_what_does_not_end_the_wait_for_the_first_token(event: bytes) -> None:
     assert not scanner.opened
 
 
-@pytest.mark.parametrize("event", [_TOKEN, _TOOL, _THINK, _STOP, _DONE, b'data: {"error":{"message":"x"}}\n\n'])
+@pytest.mark.parametrize(
+    "event",
+    [
+        *(_TOKEN, _TOOL, _THINK, _STOP, _DONE),
+        b'data: {"error":{"message":"x"}}\n\n',
+        b'data:{"error":"Model is overloaded","error_type":"overloaded"}\n\n',
+    ],
+)
 def test_what_ends_it(event: bytes) -> None:
     scanner = SseScanner(Api.CHAT)
     scanner.feed(_ROLE + event)
@@ -87,6 +94,44 @@ def test_counts_come_from_continuous_usage_when_events_carry_more() -> None:
             b'data: {"choices":[{"delta":{"content":"abc"}}],"usage":{"completion_tokens":%d}}\n\n' % total
         )
     assert scanner.tokens == 8
+
+
+def _completion(choice: int, text: str, reason: str, usage: tuple[int, int] | None = None) -> bytes:
+    event = b'data:{"choices":[{"index":%d,"text":"%b","finish_reason":"%b"}]' % (
+        choice,
+        text.encode(),
+        reason.encode(),
+    )
+    told = b"" if usage is None else b',"usage":{"prompt_tokens":%d,"completion_tokens":%d}' % usage
+    return event + told + b"}\n\n"
+
+
+def test_an_empty_reason_is_no_end() -> None:
+    scanner = SseScanner(Api.COMPLETIONS)
+    scanner.feed(_completion(0, "", ""))
+    assert not scanner.opened
+    scanner.feed(_completion(0, "a", ""))
+    assert scanner.opened
+    assert not scanner.complete
+    scanner.feed(_completion(0, "", "length"))
+    assert scanner.complete
+
+
+def test_usage_beside_the_end_of_each_choice_adds_up() -> None:
+    scanner = SseScanner(Api.COMPLETIONS, strip_usage=True)
+    ends = _completion(1, "b", "length", (3, 5)), _completion(0, "", "eos_token", (4, 6))
+    data = _completion(0, "a", "") + b"".join(ends) + _DONE
+    assert scanner.feed(data) == data
+    assert (scanner.tokens, scanner.usage) == (2, Usage(7, 11))
+
+
+def test_usage_of_the_whole_replaces_that_of_choices() -> None:
+    scanner = SseScanner(Api.COMPLETIONS)
+    for choice in (0, 1):
+        scanner.feed(_completion(choice, "a", "length", (7, 1)))
+    assert scanner.usage == Usage(14, 2)
+    scanner.feed(b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":2}}\n\n')
+    assert scanner.usage == Usage(7, 2)
 
 
 def test_a_cut_stream_is_not_complete() -> None:

@@ -7,7 +7,9 @@ from importlib import resources
 from pathlib import Path
 
 import orjson
+import pytest
 
+from adapters.contract import Failure, UpstreamCall, UpstreamError, UpstreamResponse
 from gateway.app import running
 from gateway.config import BackendSettings, LimitSettings
 from tests.gateway.rig import (
@@ -136,6 +138,33 @@ async def test_the_engines_own_rejection_reaches_the_client() -> None:
         status, body = await ask.read_chat("reject", top_p=2)
         assert status == 400
         assert orjson.loads(body)["error"]["param"] == "top_p"
+        await settled(made)
+        assert idle(made)
+
+
+async def test_a_rejection_as_a_streams_first_event_is_told_as_an_answer() -> None:
+    """vLLM tells some mistakes of a request only in the stream that it has begun."""
+    error = {"error": {"message": "top_p must be at most 1", "type": "BadRequestError", "code": 400}}
+    async with engine() as one, gateway(settings_for(one)) as made, client(made) as ask:
+        one.script = (ROLE, b"data: " + orjson.dumps(error) + b"\n\n", DONE)
+        async with asyncio.timeout(10), ask.chat() as answer:  # a bound for a hang
+            assert (answer.status, await answer.json()) == (400, error)
+        await settled(made)
+        assert idle(made)
+        assert (made.shell.counts.failed, made.shell.counts.retried) == (1, 0)
+
+
+async def test_a_request_that_cannot_be_put_into_http_is_the_clients_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(_: UpstreamCall) -> UpstreamResponse:
+        raise UpstreamError(Failure.REJECTED, "the request cannot be put into HTTP", 400)
+
+    async with engine() as one, gateway(settings_for(one)) as made, client(made) as ask:
+        monkeypatch.setattr(made.fleet.adapter("e0").upstream, "open", refuse)
+        async with asyncio.timeout(10), ask.chat() as answer:  # a bound for a hang
+            assert answer.status == 400
+            assert "cannot be put into HTTP" in (await answer.json())["error"]["message"]
         await settled(made)
         assert idle(made)
 
