@@ -106,15 +106,14 @@ def _completion(choice: int, text: str, reason: str, usage: tuple[int, int] | No
     return event + told + b"}\n\n"
 
 
-def test_an_empty_reason_is_no_end() -> None:
+@pytest.mark.parametrize(
+    ("text", "reason", "opened", "complete"),
+    [("", "", False, False), ("a", "", True, False), ("", "length", True, True)],
+)
+def test_an_empty_reason_is_no_end(text: str, reason: str, opened: bool, complete: bool) -> None:
     scanner = SseScanner(Api.COMPLETIONS)
-    scanner.feed(_completion(0, "", ""))
-    assert not scanner.opened
-    scanner.feed(_completion(0, "a", ""))
-    assert scanner.opened
-    assert not scanner.complete
-    scanner.feed(_completion(0, "", "length"))
-    assert scanner.complete
+    scanner.feed(_completion(0, text, reason))
+    assert (scanner.opened, scanner.complete) == (opened, complete)
 
 
 def test_usage_beside_the_end_of_each_choice_adds_up() -> None:
