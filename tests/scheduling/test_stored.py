@@ -132,6 +132,30 @@ class Believed(RuleBasedStateMachine):
         self.stored.settle(self.letter.answer)
         self.letter = None
 
+    @rule(some=st.lists(costs, min_size=1, max_size=3))
+    def come(self, some: list[Cost]) -> None:
+        """At once, as most do."""
+        for cost in some:
+            self.names += 1
+            lease = Lease(str(self.names), cost, self.stored.add(cost), WIDE)
+            now(self.store.reserve(lease.name, [ReserveCandidate("b", cost, WIDE, 0.0, self.epoch)]))
+            self.standing.append(lease)
+
+    @precondition(lambda self: self.standing)
+    @rule(data=st.data())
+    def go(self, data: st.DataObject) -> None:
+        lease = self.standing.pop(data.draw(st.integers(0, len(self.standing) - 1)))
+        self.stored.take(lease.cost, lease.number)
+        now(self.store.release(lease.name))
+
+    @precondition(lambda self: not (self.asked or self.ending or self.letter))
+    @rule(own=vectors)
+    def tell(self, own: LoadVector) -> None:
+        self.publish(own)
+        assert self.letter is not None
+        self.arrive()
+        self.answer()
+
     @precondition(lambda self: self.letter)
     @rule()
     def lose(self) -> None:
