@@ -23,6 +23,7 @@ from scheduling.options import Options
 from scheduling.policies import POLICIES, make
 from state.contract import Store
 from state.memory import MemoryState, MemoryStore
+from tiergate.workers.embedded import check_embedded
 
 
 def wire(settings: Settings, clock: Callable[[], float] = time.monotonic, worker: int | None = None) -> Wiring:
@@ -39,6 +40,15 @@ def wire(settings: Settings, clock: Callable[[], float] = time.monotonic, worker
         raise ConfigError(f"learned_state: {settings.learned_state}: {error}") from None
     store = make_store(settings.store, clock, replica_name(worker))
     return Wiring(dispatcher, store, learned, counter, version("tiergate"), clock=clock)
+
+
+def checked(settings: Settings) -> None:
+    """Raises ConfigError for what would keep a gateway with these settings from starting."""
+    if settings.store.kind is StoreKind.EMBEDDED:
+        check_embedded()
+        # Which address it will have is not known before it is started.
+        settings = settings.model_copy(update={"store": StoreSettings()})
+    wire(settings)
 
 
 def make_store(settings: StoreSettings, clock: Callable[[], float], replica: str) -> Store:

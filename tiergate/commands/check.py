@@ -10,7 +10,7 @@ from gateway.requestlog import unwritable
 from profiles import load
 from tiergate.commands import UsageError
 from tiergate.commands.serve import add_settings_arguments, settings_of
-from tiergate.root import wire
+from tiergate.root import checked
 
 if TYPE_CHECKING:
     from tiergate.commands import Subparsers
@@ -29,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     try:
-        wire(settings)
+        checked(settings)
     except ConfigError as error:
         raise UsageError(str(error)) from None
     path = settings.request_log

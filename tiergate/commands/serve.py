@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import os
 import signal
-import sys
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
 
 from gateway.app import Gateway, Wiring, running
-from gateway.config import ConfigError, Settings, load, parse_backend_flag
+from gateway.config import ConfigError, Settings, StoreKind, load, parse_backend_flag
 from gateway.learning import Learned
 from gateway.requestlog import LogFile
 from tiergate.commands import CommandFailed, UsageError
-from tiergate.root import check_profiles, wire
+from tiergate.root import wire
+from tiergate.upkeep import (
+    calm_collector,
+    open_request_log,
+    reload_on,
+    request_log_sink,
+    save,
+    save_often,
+    start_log,
+)
+from tiergate.workers.supervisor import supervise
 
 if TYPE_CHECKING:
     from tiergate.commands import Subparsers
 
 log = logging.getLogger("tiergate")
-
-_SAVE_EVERY_S = 60.0
 
 
 def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +62,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "serve",
         help="run the gateway in front of one or more engines",
         description="Serve the OpenAI API in front of engines, every token on time.",
-        epilog="SIGHUP reads the configuration again; SIGTERM waits for open streams, then stops.",
+        epilog="SIGHUP reads the configuration again; SIGTERM waits for open streams, then stops; SIGUSR2 "
+        "replaces the workers one by one.",
     )
     add_settings_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no line for each request on standard output")
@@ -87,11 +94,17 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     if not settings.backends:
         raise UsageError("no backend: give --backend http://host:port, or `backends` in a configuration file")
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    log_file = _log_file(settings)
+    start_log()
     try:
-        wiring = replace(wire(settings), write_log=_sink(settings, log_file))
-        uvloop.run(serve(args, settings, wiring, log_file))
+        if settings.workers > 1 or settings.store.kind is StoreKind.EMBEDDED:
+            return supervise(args, settings)
+        log_file = open_request_log(settings)
+        try:
+            wiring = replace(wire(settings), write_log=request_log_sink(settings, log_file))
+            uvloop.run(serve(args, settings, wiring, log_file))
+        finally:
+            if log_file is not None:
+                log_file.close()
     except ConfigError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
@@ -102,37 +115,7 @@ def run(args: argparse.Namespace) -> int:
         if not isinstance(cause, OSError):
             raise
         raise _cannot_listen(settings, cause) from None
-    finally:
-        if log_file is not None:
-            log_file.close()
     return 0
-
-
-def _log_file(settings: Settings) -> LogFile | None:
-    path = settings.request_log
-    if path is None:
-        return None
-    try:
-        return LogFile(path)
-    except OSError as error:
-        raise UsageError(f"request_log: {path}: {error.strerror or error}") from None
-
-
-def _sink(settings: Settings, log_file: LogFile | None) -> Callable[[bytes], None] | None:
-    """Where the request log's lines go: standard output, a file, both, or nowhere (None)."""
-    if log_file is None:
-        return _write_log if settings.log_requests else None
-    if not settings.log_requests:
-        return log_file.write
-    to_file = log_file.write
-
-    def to_both(lines: bytes) -> None:
-        try:
-            to_file(lines)
-        finally:
-            _write_log(lines)
-
-    return to_both
 
 
 def _cannot_listen(settings: Settings, error: OSError) -> CommandFailed:
@@ -150,10 +133,7 @@ async def serve(
     args: argparse.Namespace, settings: Settings, wiring: Wiring, log_file: LogFile | None = None
 ) -> None:
     """Run until SIGTERM or SIGINT; a second one does not wait for streams. Raises OSError."""
-    # What is alive now lives as long as the process; the collector need not walk it again and again.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    calm_collector()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     again = asyncio.Event()
@@ -168,9 +148,11 @@ async def serve(
     try:
         async with running(settings, wiring) as gateway, asyncio.TaskGroup() as tasks:
             log.info("listening on http://%s:%d, policy %s", settings.host, gateway.port, settings.policy.name)
-            side = [tasks.create_task(_reload_on(reload, gateway, args, log_file), name="reload")]
+            side = [
+                tasks.create_task(reload_on(reload, gateway, partial(settings_of, args), log_file), name="reload")
+            ]
             if isinstance(wiring.teachers, Learned) and settings.learned_state is not None:
-                side.append(tasks.create_task(_save_often(wiring.teachers), name="save"))
+                side.append(tasks.create_task(save_often(wiring.teachers), name="save"))
             await stop.wait()
             log.info("stopping: waiting at most %.0f s for open streams", settings.drain_grace_s)
             await _drain(gateway, settings.drain_grace_s, again)
@@ -178,12 +160,7 @@ async def serve(
                 task.cancel()
     finally:
         if isinstance(wiring.teachers, Learned):
-            await _save(wiring.teachers)
-
-
-def _write_log(lines: bytes) -> None:
-    sys.stdout.buffer.write(lines)
-    sys.stdout.buffer.flush()
+            await save(wiring.teachers)
 
 
 async def _drain(gateway: Gateway, grace_s: float, again: asyncio.Event) -> None:
@@ -193,38 +170,3 @@ async def _drain(gateway: Gateway, grace_s: float, again: asyncio.Event) -> None
         await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
         impatient.cancel()
-
-
-async def _reload_on(
-    reload: asyncio.Event, gateway: Gateway, args: argparse.Namespace, log_file: LogFile | None
-) -> None:
-    while True:
-        await reload.wait()
-        reload.clear()
-        if log_file is not None:
-            try:
-                await asyncio.to_thread(log_file.reopen)
-            except OSError as error:
-                log.error("the request log goes on in the file that it had: %s", error)
-        try:
-            settings = await asyncio.to_thread(settings_of, args)
-            await asyncio.to_thread(check_profiles, settings)
-            if not settings.backends:
-                raise UsageError("it names no backend")  # a file that is half written looks so
-        except (UsageError, ConfigError) as error:
-            log.error("the configuration stays as it was: %s", error)
-            continue
-        await gateway.reload(settings)
-
-
-async def _save_often(learned: Learned) -> None:
-    while True:
-        await asyncio.sleep(_SAVE_EVERY_S)
-        await _save(learned)
-
-
-async def _save(learned: Learned) -> None:
-    try:
-        await learned.save()
-    except OSError as error:
-        log.warning("what was learned could not be saved: %s", error)
