@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.emulated.histograms import Histogram
+from adapters.emulated.journal import Fate, Journal
 from tiergate_engine.model import Emitted, EngineModel, SequenceSpec
 
 EARLY_S = 0.0005
@@ -54,6 +55,7 @@ class _Route:
     arrived_s: float
     first_s: float = 0.0
     last_s: float = 0.0
+    tokens: int = 0
     by_length: bool = True  # it ends because the client's limit is reached
 
 
@@ -81,9 +83,12 @@ class DriverStats:
 class EngineDriver:
     """One engine model on the event loop's clock. `run` is its only task; submit and abort at any time."""
 
-    def __init__(self, model: EngineModel, noise_sigma: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, model: EngineModel, noise_sigma: float = 0.0, seed: int = 0, journal: Journal | None = None
+    ) -> None:
         self.model = model
         self.stats = DriverStats()
+        self._journal = journal
         self._routes: dict[str, _Route] = {}
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
@@ -104,11 +109,16 @@ class EngineDriver:
         self._routes[spec.sequence_id] = _Route(sink, spec.prompt_tokens, arrived_s, by_length=by_length)
         self._drained.clear()
         self._wake.set()
+        if self._journal is not None:
+            self._journal.note(Fate.SUBMITTED, spec.sequence_id, 0, len(self._routes))
 
     def abort(self, sequence_id: str) -> bool:
         """Drop a sequence; its sink hears nothing more. False when it is not here (any more)."""
-        if self._routes.pop(sequence_id, None) is None:
+        route = self._routes.pop(sequence_id, None)
+        if route is None:
             return False
+        if self._journal is not None:
+            self._journal.note(Fate.ABORTED, sequence_id, route.tokens, len(self._routes))
         self.stats.aborted += 1
         self.model.abort(sequence_id, self._model_time(asyncio.get_running_loop().time()))
         self._wake.set()
@@ -169,6 +179,7 @@ class EngineDriver:
             if route is None:
                 continue  # aborted by a sink earlier in this very loop
             tokens += 1
+            route.tokens = out.index + 1
             if out.index:
                 since_s = now_s - route.last_s
                 if since_s != gap_s:
@@ -192,6 +203,8 @@ class EngineDriver:
         del self._routes[out.sequence_id]
         if not self._routes:
             self._drained.set()
+        if self._journal is not None:
+            self._journal.note(Fate.FINISHED, out.sequence_id, route.tokens, len(self._routes))
         stats = self.stats
         if route.by_length:
             stats.finished_length += 1

@@ -20,6 +20,7 @@ from adapters.emulated import exposition
 from adapters.emulated.driver import EngineDriver
 from adapters.emulated.errors import ApiError, bad_request
 from adapters.emulated.generation import Generations, json_answer, read_json
+from adapters.emulated.journal import Journal
 from adapters.emulated.lag import LoopLag
 from adapters.emulated.prompts import chat_units
 from adapters.emulated.protocol import DetokenizeBody, TokenizeBody, parse
@@ -34,9 +35,10 @@ _CLIENT_LEFT = 499
 class EmulatedEngine:
     """One emulated engine: its settings, its driver, and the handlers of its routes."""
 
-    def __init__(self, settings: EmulatedSettings, step_time: StepTime) -> None:
+    def __init__(self, settings: EmulatedSettings, step_time: StepTime, journal: Journal | None = None) -> None:
         self.settings = settings
-        self.driver = EngineDriver(EngineModel(settings.engine, step_time), settings.noise_sigma, settings.seed)
+        model = EngineModel(settings.engine, step_time)
+        self.driver = EngineDriver(model, settings.noise_sigma, settings.seed, journal)
         self.lag: LoopLag | None = None  # the process's, while it is served
         self._started_s = int(time.time())
         self._generations = Generations(settings, self.driver)

@@ -8,12 +8,15 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
 
 from adapters.emulated import EmulatedEngine, EmulatedSettings, Faults, serving
+from adapters.emulated.journal import Journal
 from adapters.emulated.profiled import Overrides, settings_of
 from adapters.emulated.settings import EMULATES_VERSION
 from profiles import Profile, ProfileError, load
@@ -65,6 +68,9 @@ def add_parser(subparsers: Subparsers) -> None:
     limits.add_argument("--max-num-queued-reqs", type=int, metavar="N", help="longest queue; more get 503")
     limits.add_argument("--scheduling-policy", choices=("fcfs", "priority"), default="fcfs")
     limits.add_argument("--enable-prefix-caching", action="store_true", help="reuse the KV of equal prefixes")
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="append what becomes of every sequence, for tests; one engine"
+    )
     times = parser.add_argument_group("times and chance")
     times.add_argument("--host-step-ms", type=float, default=0.0, metavar="MS", help="more host time per step")
     times.add_argument("--noise", type=float, default=0.0, metavar="SIGMA", help="log-normal noise on step times")
@@ -90,16 +96,25 @@ def run(args: argparse.Namespace) -> int:
         raise CommandFailed(str(error)) from error
     except ValueError as error:
         raise UsageError(str(error)) from error
-    engines = [
-        # Each engine has a seed of its own, so that they do not answer, or jitter, in step.
-        EmulatedEngine(replace(settings, seed=settings.seed + index), profile.step_time)
-        for index in range(len(ports))
-    ]
     try:
-        uvloop.run(_serve(engines, profile, args.host, ports, args.grace_s))
+        with _journal(args.journal, len(ports)) as journal:
+            engines = [
+                # Each engine has a seed of its own, so that they do not answer, or jitter, in step.
+                EmulatedEngine(replace(settings, seed=settings.seed + index), profile.step_time, journal)
+                for index in range(len(ports))
+            ]
+            uvloop.run(_serve(engines, profile, args.host, ports, args.grace_s))
     except OSError as error:
         raise CommandFailed(str(error)) from error
     return 0
+
+
+def _journal(path: Path | None, engines: int) -> AbstractContextManager[Journal | None]:
+    if path is None:
+        return nullcontext()
+    if engines > 1:
+        raise UsageError("--journal counts for one engine: start each engine by itself")
+    return closing(Journal(path))
 
 
 async def _serve(
