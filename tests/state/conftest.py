@@ -1,8 +1,16 @@
-"""The stores under contract test, and short ways to say a candidate."""
+"""The stores under contract test, and short ways to say a candidate.
+
+Redis and Valkey are real servers on loopback, one of each for a whole run; every test has a fleet of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import itertools
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, suppress
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -10,6 +18,10 @@ import pytest
 from scheduling.load import Cost, Limits, ReserveCandidate
 from state.contract import Store
 from state.memory import MemoryState
+from state.redis.address import parse_url
+from state.redis.connect import Connection, ConnectOptions, connect
+from state.redis.store import RedisStore, StoreOptions
+from tests.servers import DataServer, Kind
 
 ONE_CHAT = Cost(1, 100, 50, "chat", 50.0)
 NO_LIMITS = Limits(10**6, 10**9, 10**9)
@@ -19,6 +31,8 @@ class Cluster(Protocol):
     """Several replicas' handles on one shared state."""
 
     async def replica(self, name: str) -> Store: ...
+
+    async def close(self) -> None: ...
 
 
 class MemoryCluster:
@@ -38,7 +52,84 @@ class MemoryCluster:
             await store.close()
 
 
-CLUSTERS: dict[str, Callable[[], MemoryCluster]] = {"memory": MemoryCluster}
+class Servers:
+    """One server of each kind, started when it is first wanted."""
+
+    def __init__(self) -> None:
+        self._running: dict[Kind, DataServer] = {}
+        self._ending = ExitStack()
+        self._fleets = itertools.count()
+
+    def url(self, kind: Kind) -> str:
+        if kind not in self._running:
+            folder = self._ending.enter_context(tempfile.TemporaryDirectory(prefix="tg"))
+            self._running[kind] = self._ending.enter_context(DataServer(kind, Path(folder)))
+        return self._running[kind].url
+
+    def fleet(self) -> str:
+        """A name that no other test has."""
+        return f"fleet{next(self._fleets)}"
+
+    def close(self) -> None:
+        self._ending.close()
+
+
+SERVERS = Servers()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers() -> Iterator[None]:
+    """Ends the servers with the run."""
+    yield
+    SERVERS.close()
+
+
+class ServedCluster:
+    """Replicas of one fleet on a server, each with a connection and an upkeep of its own."""
+
+    def __init__(self, url: str, fleet: str, options: StoreOptions) -> None:
+        self.url = url
+        self.fleet = fleet
+        self.options = options
+        self._ending = AsyncExitStack()
+
+    def connection(self) -> Connection:
+        connection = connect(parse_url(self.url), ConnectOptions(timeout_s=5.0))
+        self._ending.push_async_callback(connection.close)
+        return connection
+
+    async def replica(self, name: str) -> RedisStore:
+        store = RedisStore(self.connection(), self.fleet, name, self.options)
+        running = asyncio.get_running_loop().create_task(store.run())
+        self._ending.push_async_callback(_end, store, running)
+        await store.listening()
+        return store
+
+    async def close(self) -> None:
+        await self._ending.aclose()
+
+
+async def _end(store: RedisStore, running: asyncio.Task[None]) -> None:
+    await store.close()
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+
+
+# A busy test machine must not look like an outage, and a slow example not like a dead replica.
+PATIENT = StoreOptions(lease_s=60.0, timeout_s=5.0)
+
+
+def served(kind: Kind, options: StoreOptions = PATIENT) -> Callable[[], ServedCluster]:
+    """Makes clusters on the one server of this kind."""
+    return lambda: ServedCluster(SERVERS.url(kind), SERVERS.fleet(), options)
+
+
+CLUSTERS: dict[str, Callable[[], Cluster]] = {
+    "memory": MemoryCluster,
+    "redis": served(Kind.REDIS),
+    "valkey": served(Kind.VALKEY),
+}
 """Every implementation of the contract by name; all of `test_contract.py` runs on each."""
 
 

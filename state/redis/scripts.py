@@ -1,0 +1,59 @@
+"""Running the Lua scripts: by digest, loaded where they are missing, and every way to fail told as one error."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TypeAlias
+
+from redis.exceptions import NoScriptError
+
+from state.contract import StoreUnavailable
+from state.redis.connect import ERRORS, Answer, Connection
+
+Argument: TypeAlias = str | bytes | int
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One script: `name` is its file's, `digest` is what EVALSHA wants."""
+
+    name: str
+    source: str
+    digest: str
+
+
+def load_script(name: str, *pieces: str) -> Script:
+    """Read `scripts/<name>.lua`, behind the shared pieces `scripts/_<piece>.lua` that it uses."""
+    folder = files("state.redis") / "scripts"
+    texts = [(folder / f"{part}.lua").read_text("utf-8") for part in (*(f"_{piece}" for piece in pieces), name)]
+    source = "\n".join(texts)
+    return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+class Runner:
+    """Runs scripts over one connection, each call within a deadline."""
+
+    def __init__(self, connection: Connection, timeout_s: float) -> None:
+        """`timeout_s` is for a whole call, a wait for a free connection and its opening included."""
+        self.connection = connection
+        self.timeout_s = timeout_s
+
+    async def run(self, script: Script, keys: tuple[str, ...], arguments: Iterable[Argument]) -> Answer:
+        """What the script answers. Raises StoreUnavailable, and then it may have run or not."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                try:
+                    return await self.connection.run("EVALSHA", script.digest, len(keys), *keys, *arguments)
+                except NoScriptError:
+                    return await self.connection.run("EVAL", script.source, len(keys), *keys, *arguments)
+        except ERRORS as error:
+            raise unavailable(script.name, error) from error
+
+
+def unavailable(what: str, error: Exception) -> StoreUnavailable:
+    """The one error there is, with what was asked and what went wrong."""
+    return StoreUnavailable(f"{what}: {str(error) or 'no answer in time'} ({type(error).__name__})")
