@@ -8,7 +8,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -37,9 +37,12 @@ from scheduling.events import TiersChanged
 from state.contract import Store, StoreUnavailable
 
 log = logging.getLogger("tiergate.gateway")
-
 _LINGER_S = 2.0  # how long idle connections stay open at a retirement
 _CUT_S = 0.05  # how long open streams may still go on when the socket is shut; to aiohttp 0 means for ever
+
+
+async def nothing_to_close() -> None:
+    """For a gateway that holds nothing beyond its parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Wiring:
     policy: PolicySource = field(default_factory=alone)
     begun: Begun | None = None  # what `gateway.shared.begin` gave, where the root had to ask it first
     siblings: Siblings | None = None  # other processes on the same port
+    close: Callable[[], Awaitable[None]] = nothing_to_close  # what the parts used together; called last
 
 
 class Gateway:
@@ -203,3 +207,4 @@ async def running(settings: Settings, wiring: Wiring, *, listen: bool = True) ->
             await gateway.fleet.close()
             await wiring.policy.documents.close()
             await wiring.store.close()
+            await wiring.close()

@@ -6,15 +6,18 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from random import Random
 
 from pydantic import ValidationError
 
-from gateway.app import Wiring
+from gateway.app import Wiring, nothing_to_close
 from gateway.config import ConfigError, Settings, StoreKind, StoreSettings, tier_set
 from gateway.learning import Learned
+from gateway.shared import PolicySource, begin
+from gateway.telemetry import log_mode
 from gateway.tokens import FileTokenizer, TokenCounter
 from gateway.words import unknown
 from profiles import ProfileError, load
@@ -22,15 +25,82 @@ from scheduling.dispatcher import Dispatcher
 from scheduling.options import Options
 from scheduling.policies import POLICIES, make
 from state.contract import Store
+from state.documents import Documents, MemoryDocuments
 from state.memory import MemoryState, MemoryStore
+from state.outage import Shelter
+from state.redis.address import Address, BadStoreUrl, parse_url
+from state.redis.connect import ConnectOptions, connect
+from state.redis.documents import RedisDocuments
+from state.redis.store import RedisStore, StoreOptions
+from state.sheltered import Sheltered
 from tiergate.workers.embedded import check_embedded
 
 
-def wire(settings: Settings, clock: Callable[[], float] = time.monotonic, worker: int | None = None) -> Wiring:
-    """Everything a gateway needs, with no connection made yet. `clock` is its one clock, the event loop's;
-    `worker` is which of several processes this is. Raises ConfigError."""
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """Which process this is.
+
+    Attributes:
+        replica: its name in the store, which no other process has or will have.
+        adopt_file: its file goes into the store at the start, whatever the store has.
+    """
+
+    replica: str
+    adopt_file: bool = False
+
+    @classmethod
+    def of(cls, worker: int | None = None, *, adopt_file: bool = False) -> Incarnation:
+        """This process: readable, and random at its end. `worker` is which of several it is."""
+        which = "" if worker is None else f"-w{worker}"
+        return cls(f"{socket.gethostname()}-{os.getpid()}{which}-{secrets.token_hex(4)}", adopt_file)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedState:
+    """What replicas share. `close` ends the connection that the others use, after they were closed."""
+
+    store: Callable[[Dispatcher], Store]
+    documents: Documents
+    close: Callable[[], Awaitable[None]]
+
+
+def wire(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Wiring:
+    """Everything a gateway needs that shares nothing. `clock` is its one clock, the event loop's. Raises
+    ConfigError."""
     dispatcher = make_dispatcher(settings)
     check_profiles(settings)
+    return _parts(settings, dispatcher, MemoryStore(MemoryState(clock)), clock)
+
+
+async def assemble(settings: Settings, which: Incarnation, clock: Callable[[], float] = time.monotonic) -> Wiring:
+    """Everything a gateway needs, on the configured store and with the policy that the fleet has there. In the
+    event loop that it will run in; a store that does not answer is waited for two seconds. Raises ConfigError."""
+    shared = connect_state(settings.store, which.replica, clock)
+    source = PolicySource(shared.documents, check_served, which.replica, which.adopt_file)
+    begun = await begin(settings, source)
+    dispatcher = make_dispatcher(begun.settings)
+    check_profiles(begun.settings)
+    made = _parts(begun.settings, dispatcher, shared.store(dispatcher), clock)
+    return replace(made, policy=source, begun=begun, close=shared.close)
+
+
+def checked(settings: Settings) -> None:
+    """Raises ConfigError for what would keep a gateway with these settings from starting. Asks nobody."""
+    store = settings.store
+    if store.kind is StoreKind.EMBEDDED:
+        check_embedded()
+    elif store.kind is StoreKind.REDIS:
+        _address(store, look=True)
+    wire(settings)
+
+
+def check_served(settings: Settings) -> None:
+    """Whether a policy, wherever it comes from, can be served here. Raises ConfigError."""
+    make_dispatcher(settings)
+    check_profiles(settings)
+
+
+def _parts(settings: Settings, dispatcher: Dispatcher, store: Store, clock: Callable[[], float]) -> Wiring:
     counter = TokenCounter(
         settings.tokens, {model: FileTokenizer(path) for model, path in settings.tokens.tokenizers.items()}
     )
@@ -38,30 +108,43 @@ def wire(settings: Settings, clock: Callable[[], float] = time.monotonic, worker
         learned = Learned(counter, settings.learned_state)
     except (OSError, ValidationError, ProfileError) as error:
         raise ConfigError(f"learned_state: {settings.learned_state}: {error}") from None
-    store = make_store(settings.store, clock, replica_name(worker))
     return Wiring(dispatcher, store, learned, counter, version("tiergate"), clock=clock)
 
 
-def checked(settings: Settings) -> None:
-    """Raises ConfigError for what would keep a gateway with these settings from starting."""
-    if settings.store.kind is StoreKind.EMBEDDED:
-        check_embedded()
-        # Which address it will have is not known before it is started.
-        settings = settings.model_copy(update={"store": StoreSettings()})
-    wire(settings)
-
-
-def make_store(settings: StoreSettings, clock: Callable[[], float], replica: str) -> Store:
-    """The store as it is configured; `replica` is this process's name in it. Raises ConfigError."""
+def connect_state(settings: StoreSettings, replica: str, clock: Callable[[], float]) -> SharedState:
+    """What is configured under `store`, with no connection made yet; in the event loop that will use it. Raises
+    ConfigError."""
     if settings.kind is StoreKind.MEMORY:
-        return MemoryStore(MemoryState(clock), replica)
-    raise ConfigError(f"store.url: this build has no {settings.kind.value} store")
+        state = MemoryState(clock)
+        return SharedState(lambda _: state.replica(replica), MemoryDocuments(), nothing_to_close)
+    if settings.kind is StoreKind.EMBEDDED:
+        raise ConfigError("store.url: `embedded` is for `tiergate serve`, which starts the store with its workers")
+    timeout_s = settings.timeout_ms / 1e3
+    connection = connect(_address(settings), ConnectOptions(client_name=f"tiergate-{replica}"))
+
+    def store(dispatcher: Dispatcher) -> Store:
+        def most_sequences(backend: str) -> int | None:
+            ledger = dispatcher.fleet.get(backend)
+            return None if ledger is None else ledger.backend.limits.max_running_seqs
+
+        inner = RedisStore(
+            connection, settings.fleet, replica, StoreOptions(lease_s=settings.lease_s, timeout_s=timeout_s), clock
+        )
+        shelter = Shelter(deadline_s=timeout_s, lease_s=settings.lease_s)
+        return Sheltered(inner, clock, shelter, caps=most_sequences, on_mode=log_mode)
+
+    return SharedState(store, RedisDocuments(connection, settings.fleet), connection.close)
 
 
-def replica_name(worker: int | None) -> str:
-    """A name that no other process has, and none will have after it: readable, and random at its end."""
-    which = "" if worker is None else f"-w{worker}"
-    return f"{socket.gethostname()}-{os.getpid()}{which}-{secrets.token_hex(4)}"
+def _address(settings: StoreSettings, *, look: bool = False) -> Address:
+    """Where the store is; `look` at the files that it names as well. Raises ConfigError."""
+    try:
+        address = parse_url(settings.url.get_secret_value())
+        if look:
+            address.check_files()
+    except BadStoreUrl as error:
+        raise ConfigError(str(error).replace("store URL:", "store.url:", 1)) from None
+    return address
 
 
 def make_dispatcher(settings: Settings) -> Dispatcher:

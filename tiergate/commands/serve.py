@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from gateway.app import Gateway, Wiring, running
+from gateway.app import Gateway, running
 from gateway.config import ConfigError, Settings, StoreKind, load, parse_backend_flag
 from gateway.learning import Learned
 from gateway.requestlog import LogFile
 from tiergate.commands import CommandFailed, UsageError
-from tiergate.root import wire
+from tiergate.root import Incarnation, assemble, checked
 from tiergate.upkeep import (
     calm_collector,
     open_request_log,
@@ -67,6 +67,11 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_settings_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no line for each request on standard output")
+    parser.add_argument(
+        "--adopt-file",
+        action="store_true",
+        help="tiers, backends, keys and policy of this configuration replace those that the store has",
+    )
     parser.set_defaults(func=run)
 
 
@@ -98,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         if settings.workers > 1 or settings.store.kind is StoreKind.EMBEDDED:
             return supervise(args, settings)
+        checked(settings)
         log_file = open_request_log(settings)
         try:
-            wiring = replace(wire(settings), write_log=request_log_sink(settings, log_file))
-            uvloop.run(serve(args, settings, wiring, log_file))
+            uvloop.run(serve(args, settings, log_file))
         finally:
             if log_file is not None:
                 log_file.close()
@@ -129,10 +134,10 @@ def _alone(error: Exception) -> Exception:
     return error
 
 
-async def serve(
-    args: argparse.Namespace, settings: Settings, wiring: Wiring, log_file: LogFile | None = None
-) -> None:
-    """Run until SIGTERM or SIGINT; a second one does not wait for streams. Raises OSError."""
+async def serve(args: argparse.Namespace, settings: Settings, log_file: LogFile | None) -> None:
+    """Run until SIGTERM or SIGINT; a second one does not wait for streams. Raises ConfigError and OSError."""
+    made = await assemble(settings, Incarnation.of(adopt_file=args.adopt_file))
+    wiring = replace(made, write_log=request_log_sink(settings, log_file))
     calm_collector()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

@@ -24,6 +24,7 @@ class WorkerSpec:
 
     Attributes:
         arguments: the command line of `tiergate serve`, as it was parsed.
+        adopt_file: it puts its file into the store, whatever the store has.
         number: which of the workers it is; its replacement has the same.
         slot: its place on the board; its replacement has another.
         slots: how many the board has.
@@ -31,6 +32,7 @@ class WorkerSpec:
     """
 
     arguments: Mapping[str, Argument]
+    adopt_file: bool
     number: int
     slot: int
     slots: int

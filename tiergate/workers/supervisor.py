@@ -84,15 +84,17 @@ class Supervisor:
         lifelines: Sequence[int] = (),
     ) -> None:
         self._arguments = arguments
+        self._adopt_file = bool(arguments["adopt_file"])
         self._settings = settings
         self._listeners = listeners
         self._lifelines = lifelines
         self._board = Board.create(settings.workers * _SLOTS_EACH)
+        self._slots = set(range(self._board.slots))  # those that are free
         self._children: set[Child] = set()
         self._posts: dict[int, Child] = {}  # by number: the one that serves
         self._delays_s: dict[int, float] = {}
         self._scrape = Scrape()
-        self._deaths = 0
+        self._deaths = 0  # of those that did not live long
         self._served = False
         self._failure: str | None = None
         self._stop = asyncio.Event()
@@ -175,12 +177,12 @@ class Supervisor:
 
     async def _ready_child(self, number: int) -> Child | None:
         """Start a worker and wait until it serves; None when it died or took too long."""
-        while (slot := self._free_slot()) is None:
-            self._changed.clear()
-            await self._changed.wait()
+        slot = await self._take_slot()
         ours, theirs = socket.socketpair()
         spec = WorkerSpec(
             self._arguments,
+            # Once: what was changed in the store since would be undone by every worker that is replaced.
+            self._adopt_file and number == 0 and not self._served,
             number,
             slot,
             self._board.slots,
@@ -188,7 +190,14 @@ class Supervisor:
             self._board.fd,
             tuple(listener.fileno() for listener in self._listeners),
         )
-        child = await Child.start(spec, ours, theirs, self._lifelines)
+        try:
+            child = await Child.start(spec, ours, theirs, self._lifelines)
+        except OSError as error:
+            log.error("worker %d cannot be started: %s", number, error)
+            ours.close()
+            self._slots.add(slot)
+            self._slow_down(number)
+            return None
         self._children.add(child)
         self._tasks.create_task(self._attend(child), name=f"worker-{number}")
         try:
@@ -202,9 +211,14 @@ class Supervisor:
             raise
         return child if child.ready else None
 
-    def _free_slot(self) -> int | None:
-        taken = {child.slot for child in self._children}
-        return next((slot for slot in range(self._board.slots) if slot not in taken), None)
+    async def _take_slot(self) -> int:
+        """A place on the board, as soon as one is free."""
+        while not self._slots:
+            self._changed.clear()
+            await self._changed.wait()
+        slot = min(self._slots)
+        self._slots.remove(slot)
+        return slot
 
     async def _attend(self, child: Child) -> None:
         """Hear a worker until it has ended, and see to its successor."""
@@ -213,14 +227,15 @@ class Supervisor:
         lived_s = asyncio.get_running_loop().time() - started_s
         self._children.discard(child)
         self._board.write(child.slot, None)
+        self._slots.add(child.slot)
         self._scrape.ended(child.name, child.last_text)
         self._changed.set()
         if self._stop.is_set() or child.retiring:
             return
-        delay_s = self._delays_s.get(child.number, 0.0)
-        short = lived_s < _SHORT_LIFE_S
-        self._delays_s[child.number] = min(max(2 * delay_s, _FIRST_DELAY_S), _LAST_DELAY_S) if short else 0.0
-        self._deaths += 1
+        if lived_s < _SHORT_LIFE_S:
+            self._slow_down(child.number)
+        else:
+            self._delays_s[child.number] = 0.0
         log.error("worker %d (process %d) has ended: %s", child.number, child.process.pid, _ending(code))
         if not self._served and code == USAGE:
             self._give_up()  # it has said what is wrong, and would say it again
@@ -228,6 +243,12 @@ class Supervisor:
             del self._posts[child.number]
             self._scrape.restarts += 1
             self._begin(child.number)
+
+    def _slow_down(self, number: int) -> None:
+        """Whoever dies young is given more time before the next try."""
+        delay_s = self._delays_s.get(number, 0.0)
+        self._delays_s[number] = min(max(2 * delay_s, _FIRST_DELAY_S), _LAST_DELAY_S)
+        self._deaths += 1
 
     def _give_up(self) -> None:
         self._failure = "the workers end before they serve; what they said stands above"

@@ -25,7 +25,7 @@ from gateway.requestlog import LogFile
 from tiergate.cli import DONE, FAILED, USAGE
 from tiergate.commands import CommandFailed, UsageError
 from tiergate.commands.serve import settings_of
-from tiergate.root import wire
+from tiergate.root import Incarnation, assemble
 from tiergate.upkeep import (
     calm_collector,
     open_request_log,
@@ -99,33 +99,27 @@ class Worker:
     """A worker's life, from its first look at the engines to its end."""
 
     def __init__(
-        self,
-        spec: WorkerSpec,
-        settings: Settings,
-        wiring: Wiring,
-        read: Callable[[], Settings],
-        log_file: LogFile | None,
+        self, spec: WorkerSpec, settings: Settings, read: Callable[[], Settings], log_file: LogFile | None
     ) -> None:
         self._spec = spec
         self._settings = settings
-        self._wiring = wiring
         self._read = read
         self._log_file = log_file
         self._listeners = [socket.socket(fileno=fd) for fd in spec.listeners]
         self._board = Board(spec.board, spec.slots)
 
     async def run(self) -> None:
-        """Serve until the supervisor says otherwise, or is gone."""
-        calm_collector()
+        """Serve until the supervisor says otherwise, or is gone. Raises ConfigError."""
         reload = asyncio.Event()
         channel = await Channel.over(socket.socket(fileno=self._spec.control))
         line = Line(channel, reload)
         self._heed_signals(line, reload)
-        learned = self._wiring.teachers if isinstance(self._wiring.teachers, Learned) else None
+        wiring = await self._assemble(line)
+        learned = wiring.teachers if isinstance(wiring.teachers, Learned) else None
         saves = learned is not None and self._settings.learned_state is not None and self._spec.number == 0
         try:
             async with (
-                running(self._settings, replace(self._wiring, siblings=line), listen=False) as gateway,
+                running(self._settings, wiring, listen=False) as gateway,
                 asyncio.TaskGroup() as tasks,
             ):
                 line.gateway = gateway
@@ -146,6 +140,13 @@ class Worker:
             if learned is not None and saves:
                 await save(learned)
             await channel.close()
+
+    async def _assemble(self, line: Line) -> Wiring:
+        """Raises ConfigError."""
+        which = Incarnation.of(self._spec.number, adopt_file=self._spec.adopt_file)
+        made = await assemble(self._settings, which)
+        calm_collector()
+        return replace(made, write_log=request_log_sink(self._settings, self._log_file), siblings=line)
 
     def _heed_signals(self, line: Line, reload: asyncio.Event) -> None:
         """A signal from a terminal or a service manager goes to every process; what to do about it is the
@@ -206,9 +207,7 @@ def main() -> int:
         settings = settings.model_copy(update={"seed": settings.seed + spec.number})
         log_file = open_request_log(settings)
         try:
-            wiring = replace(wire(settings, worker=spec.number), write_log=request_log_sink(settings, log_file))
-            worker = Worker(spec, settings, wiring, partial(settings_of, args), log_file)
-            uvloop.run(worker.run())
+            uvloop.run(Worker(spec, settings, partial(settings_of, args), log_file).run())
         finally:
             if log_file is not None:
                 log_file.close()
