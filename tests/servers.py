@@ -312,7 +312,9 @@ class DataServer:
         if options.unix_socket:
             lines += [f"unixsocket {self.socket_path}", "unixsocketperm 700"]
         if options.password is not None:
-            lines += [f"requirepass {options.password}", f"masterauth {options.password}"]
+            lines.append(f"requirepass {options.password}")
+            if not options.sentinel:
+                lines.append(f"masterauth {options.password}")
         lines += [f"user {rule}" for rule in options.users]
         if options.maxmemory is not None:
             lines += [f"maxmemory {options.maxmemory}", "maxmemory-policy noeviction"]

@@ -250,8 +250,8 @@ def _unknown(name: str, allowed: frozenset[str], *, secured: bool) -> str:
         return f"{name}: only with redis+sentinel://"
     near = difflib.get_close_matches(name, sorted(allowed), n=1)
     if near:
-        return f"unknown option; did you mean {near[0]}?"
-    return f"unknown option; there are {', '.join(sorted(allowed))}"
+        return f"unknown option {name!r}; did you mean {near[0]}?"
+    return f"unknown option {name!r}; there are {', '.join(sorted(allowed))}"
 
 
 def _path(deployment: Deployment, path: str) -> tuple[str | None, int]:

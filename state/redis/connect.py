@@ -1,6 +1,8 @@
 """From an address to redis-py: one typed `Connection`, whatever stands there.
 
 Nothing is retried here: a command that failed may have been done, and only the store knows what to ask again.
+What outlives a caller is the opening of a connection: where that takes longer than callers wait, none would ever
+be opened otherwise.
 The protocol is RESP2: what our scripts answer (integers, strings, lists) both versions carry alike, and messages
 come over a connection of their own, so RESP3 would bring nothing but a longer handshake, more rights to grant, and
 trouble with proxies that speak RESP2 alone.
@@ -15,14 +17,15 @@ import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import AbstractConnection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.connection import Connection as TcpConnection
-from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
@@ -174,9 +177,10 @@ class Connection:
 
     async def close(self) -> None:
         """Close all connections. Idempotent; raises nothing that matters."""
+        opener = self.client if isinstance(self.client, RedisCluster) else self.client.connection_pool
         with contextlib.suppress(*ERRORS):
-            if isinstance(self.client, _Cluster):
-                await self.client.end()
+            if isinstance(opener, _Cluster | _Pool):
+                await opener.end()
             await self.client.aclose()
         if self._sentinel is not None:
             with contextlib.suppress(*ERRORS):
@@ -204,9 +208,7 @@ def connect(address: Address, options: ConnectOptions = ConnectOptions()) -> Con
             kind = TcpConnection if address.tls is None else SSLConnection
             common |= {"connection_class": kind, "host": address.hosts[0].name, "port": address.hosts[0].port}
             common |= _tcp() | _tls(address.tls)
-    pool = BlockingConnectionPool(
-        max_connections=options.max_connections, timeout=options.timeout_s, db=address.database, **common
-    )
+    pool = _Pool(max_connections=options.max_connections, timeout=options.timeout_s, db=address.database, **common)
     return Connection(address, options, Redis.from_pool(pool), None)
 
 
@@ -246,6 +248,46 @@ def _tls(tls: Tls | None) -> _Arguments:
     return {name: None if path is None else str(path) for name, path in files.items()} | checks
 
 
+class _Pool(BlockingConnectionPool):
+    """Connections for whoever comes; who finds all taken waits. One that is being opened belongs to the pool."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._opening: dict[AbstractConnection, asyncio.Task[None]] = {}
+
+    async def ensure_connection(self, connection: AbstractConnection) -> None:
+        """See that the connection is open and good. Raises `ERRORS`."""
+        task = self._opening.get(connection)
+        if task is None:
+            if connection.is_connected:
+                await super().ensure_connection(connection)
+                return
+            task = asyncio.get_running_loop().create_task(super().ensure_connection(connection))
+            self._opening[connection] = task
+            task.add_done_callback(partial(self._opened, connection))
+        await asyncio.shield(task)
+
+    def _opened(self, connection: AbstractConnection, task: asyncio.Task[None]) -> None:
+        del self._opening[connection]
+        _read_outcome(task)
+
+    async def end(self) -> None:
+        """Give up what is being opened."""
+        await _end(*self._opening.values())
+
+
+def _read_outcome(task: asyncio.Task[None]) -> None:
+    """Callers that gave up do not ask how it ended, and asyncio complains about errors nobody asked for."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _end(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class _FileLogin(CredentialProvider):
     """A password that is read from its file at every login."""
 
@@ -264,8 +306,8 @@ class _FileLogin(CredentialProvider):
 # ------------------------------------------------------------------------------------------------------ Sentinel
 
 
-class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Connections to the primary of the moment; who finds all taken waits."""
+class _SentinelPool(SentinelConnectionPool, _Pool):
+    """Connections to the primary of the moment."""
 
 
 class _Sentinels(Sentinel):
@@ -324,10 +366,7 @@ def _sentinel_client(address: Address, options: ConnectOptions, common: _Argumen
 
 
 class _Cluster(RedisCluster):
-    """A Cluster client that waits for a free connection, and whose look at the topology outlives its caller.
-
-    A caller that gives up after 100 ms would otherwise break off every look that meets a dead node first.
-    """
+    """A Cluster client that waits for a free connection, and whose look at the topology outlives its caller."""
 
     def __init__(self, commands: int, nodes: list[ClusterNode], arguments: _Arguments) -> None:
         super().__init__(startup_nodes=nodes, **arguments)
@@ -360,15 +399,7 @@ class _Cluster(RedisCluster):
     async def end(self) -> None:
         """End a look that is under way."""
         if self._looking is not None:
-            self._looking.cancel()
-            with contextlib.suppress(asyncio.CancelledError, *ERRORS):
-                await self._looking
-
-
-def _read_outcome(task: asyncio.Task[None]) -> None:
-    """Callers that gave up do not ask how it ended, and asyncio complains about errors nobody asked for."""
-    if not task.cancelled():
-        task.exception()
+            await _end(self._looking)
 
 
 def _cluster_client(address: Address, options: ConnectOptions, common: _Arguments) -> RedisCluster:
