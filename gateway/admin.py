@@ -94,7 +94,8 @@ class Admin:
             status, word = 503, "no backend is up"
         else:
             status, word = 200, "ok"
-        body = {"status": word, "backends_up": up, "backends": len(members)}
+        store = watched.fleet.store_mode.value
+        body = {"status": word, "backends_up": up, "backends": len(members), "store": store}
         return whole(status, _JSON, orjson.dumps(body))
 
     async def _metrics(self, http: web.BaseRequest) -> web.StreamResponse:

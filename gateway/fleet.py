@@ -17,7 +17,7 @@ from scheduling.backends import Backend, BackendState, EngineLimits
 from scheduling.events import BackendChanged, BackendRemoved, LengthsChanged, MembershipChanged
 from scheduling.lengths import LengthModel
 from scheduling.requests import Request
-from state.contract import Store, StoreUnavailable
+from state.contract import Mode, Store, StoreUnavailable
 from tiergate_engine.step import StepTime
 
 log = logging.getLogger("tiergate.fleet")
@@ -25,6 +25,7 @@ log = logging.getLogger("tiergate.fleet")
 _FIRST_RETRY_S = 0.2
 _LAST_RETRY_S = 5.0
 _LEARN_EVERY_S = 1.0
+_ALONE_EVERY_S = 1.0  # while the store does not count for all, engines' own counts are all there is of others
 _COUNT_S = 0.1  # an exact count that comes later than this is worth less than an estimate now
 
 
@@ -224,6 +225,16 @@ class GatewayFleet:
         return sum(member.phase is Phase.UP for member in self._members.values())
 
     @property
+    def store_mode(self) -> Mode:
+        """How this replica stands with the shared state."""
+        return self._store.mode
+
+    @property
+    def replicas(self) -> int:
+        """Live replicas, this one included, as far as is known."""
+        return self._store.replicas
+
+    @property
     def asked(self) -> bool:
         """Whether every backend has answered once, or was found wanting."""
         return all(member.phase is not Phase.CONNECTING or member.problem for member in self._members.values())
@@ -326,7 +337,7 @@ class GatewayFleet:
             retry_s = min(retry_s * 2, _LAST_RETRY_S)
         while True:
             try:
-                async with asyncio.timeout(self._health.every_s):
+                async with asyncio.timeout(self._look_every_s()):
                     await member.suspected.wait()
             except TimeoutError:
                 pass
@@ -364,6 +375,8 @@ class GatewayFleet:
                 member.engine = await member.adapter.read_load()
             except UpstreamError as error:
                 log.debug("backend %s tells no load: %s", member.name, error)
+            else:
+                await self._note(member)
             return
         member.failures += 1
         if member.failures >= self._health.failures:
@@ -375,6 +388,20 @@ class GatewayFleet:
         else:
             member.suspected.set()
             await asyncio.sleep(_FIRST_RETRY_S)
+
+    def _look_every_s(self) -> float:
+        every_s = self._health.every_s
+        return every_s if self._store.mode is Mode.SHARED else min(every_s, _ALONE_EVERY_S)
+
+    async def _note(self, member: Member) -> None:
+        """Tell the store what the engine itself counts, where it does."""
+        load = member.engine
+        if load.running is None:
+            return
+        try:
+            await self._store.note_engine(member.name, load.running + (load.waiting or 0))
+        except StoreUnavailable as error:
+            log.debug("the store was not told what backend %s counts: %s", member.name, error)
 
     async def _revive(self, member: Member) -> None:
         """It answers again; it may be another engine by now, so ask everything anew."""

@@ -6,6 +6,7 @@ The hot path only adds to plain counters; the text is made when somebody scrapes
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,9 @@ from scheduling.decisions import Decision, Outcome
 from scheduling.events import EndKind
 from scheduling.requests import Request
 from scheduling.scoring import DeadlineMeter, RequestEnd, TierCounter, judge_meter
+from state.contract import Mode
+
+log = logging.getLogger("tiergate.store")
 
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 TPOT_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
@@ -107,6 +111,12 @@ class BackendNumbers:
 class FleetNumbers(Protocol):
     def numbers(self) -> list[BackendNumbers]: ...
 
+    @property
+    def store_mode(self) -> Mode: ...
+
+    @property
+    def replicas(self) -> int: ...
+
 
 class _TierNumbers:
     __slots__ = ("counter", "queue_s", "tpot_s", "ttft_s")
@@ -116,6 +126,14 @@ class _TierNumbers:
         self.ttft_s = Histogram(TTFT_BUCKETS_S)
         self.tpot_s = Histogram(TPOT_BUCKETS_S)
         self.queue_s = Histogram(QUEUE_BUCKETS_S)
+
+
+def log_mode(mode: Mode, why: str) -> None:
+    """One line for a change of how this replica stands with the shared state."""
+    if mode is Mode.ALONE:
+        log.warning("store: alone (%s): requests are admitted within this replica's own share", why)
+    else:
+        log.info("store: %s (%s)", mode.value, why)
 
 
 class Telemetry:
@@ -263,7 +281,7 @@ class _GatewayCollector(Collector):
         yield _counter("tiergate_errors", "Error answers by code", _keyed(telemetry.errors), ("code",))
         yield _gauge("tiergate_loop_lag_seconds", "How late the last tick was", {(): shell.loop_lag_s}, ())
         yield _gauge("tiergate_loop_lag_max_seconds", "The latest tick", {(): shell.loop_lag_max_s}, ())
-        yield _gauge("tiergate_store_down", "1 while the store does not answer", {(): int(shell.store_down)}, ())
+        yield from self._store()
         for name, text, histogram in (
             ("tiergate_ttft_prediction_error_ratio", "Relative error of predicted TTFT", telemetry.ttft_error),
             ("tiergate_tpot_prediction_error_ratio", "Relative error of predicted TPOT", telemetry.tpot_error),
@@ -289,6 +307,18 @@ class _GatewayCollector(Collector):
             {(): telemetry.policies_refused},
             (),
         )
+
+    def _store(self) -> Iterator[Metric]:
+        mode = self._fleet.store_mode
+        down = self._shell.store_down or mode is Mode.ALONE
+        yield _gauge("tiergate_store_down", "1 while the store does not answer", {(): int(down)}, ())
+        yield _gauge(
+            "tiergate_store_mode",
+            "1 for the mode it is in: checked against all replicas, alone, or healing",
+            {(each.value,): int(each is mode) for each in Mode},
+            ("mode",),
+        )
+        yield _gauge("tiergate_replicas", "Live replicas, as far as is known", {(): self._fleet.replicas}, ())
 
     def _tiers(self) -> Iterator[Metric]:
         tiers = self._telemetry.tiers

@@ -8,6 +8,7 @@ from gateway.dispatch import Shell
 from gateway.fleet import GatewayFleet, Member, Phase
 from gateway.telemetry import BackendNumbers, Telemetry
 from scheduling.dispatcher import Dispatcher
+from state.contract import Mode
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
@@ -27,6 +28,16 @@ class FleetView:
     def numbers(self) -> list[BackendNumbers]:
         """Every configured backend."""
         return [self._numbers(member) for member in self._fleet.members()]
+
+    @property
+    def store_mode(self) -> Mode:
+        """How this replica stands with the shared state."""
+        return self._fleet.store_mode
+
+    @property
+    def replicas(self) -> int:
+        """Live replicas, this one included, as far as is known."""
+        return self._fleet.replicas
 
     def _numbers(self, member: Member) -> BackendNumbers:
         ledger = self._dispatcher.fleet.get(member.name)
@@ -87,7 +98,9 @@ class FleetView:
             },
             "loop_lag_s": shell.loop_lag_s,
             "loop_lag_max_s": shell.loop_lag_max_s,
-            "store_down": shell.store_down,
+            "store_down": shell.store_down or self.store_mode is Mode.ALONE,
+            "store_mode": self.store_mode.value,
+            "replicas": self.replicas,
         }
 
     def _pairs(self) -> list[tuple[Member, BackendNumbers]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from scheduling.load import Cost, Limits, LoadVector, ReserveCandidate
 from state.contract import BackendLoad, Membership, Publication
-from state.parts import Part, Sums
+from state.parts import Part
 
 _NOWHERE = Membership(None, 0)
 _REMEMBERED_ENDINGS = 16_384
@@ -73,6 +73,7 @@ class Site:
     """One backend as this replica knows it."""
 
     membership: Membership = _NOWHERE
+    claimed: bool = False  # by this replica alone: the epoch is still the store's, the tier is not
     own: Part = field(default_factory=Part)
     shadow: Part | None = None  # what `own` becomes if the publication on its way is taken
     foreign: LoadVector = field(default_factory=LoadVector)
@@ -95,13 +96,8 @@ class Site:
     def send(self, own: LoadVector) -> None:
         """A publication is on its way: the store may or may not take it."""
         part = self.own
-        self.shadow = Part(
-            measured=Sums.of(own),
-            measured_leases=part.leases,
-            leases=part.leases,
-            sequence=part.sequence,
-            published=part.sequence,
-        )
+        self.shadow = Part(leases=part.leases)
+        self.shadow.publish(own, part.sequence)
 
     def settle(self, taken: bool) -> None:
         """What became of the publication on its way."""
@@ -196,14 +192,25 @@ class Book:
     def member(self, backend: str, membership: Membership) -> bool:
         """How a backend stands; whether that is new. An older epoch changes nothing."""
         site = self.sites.setdefault(backend, Site())
-        if membership.epoch < site.membership.epoch or membership == site.membership:
+        newer = membership.epoch - site.membership.epoch
+        if newer < 0 or membership == site.membership or (site.claimed and newer == 0):
             return False
-        site.membership = membership
+        site.membership, site.claimed = membership, False
         return True
+
+    def claim(self, backend: str, tier: str, expected_epoch: int) -> Membership | None:
+        """Move a backend for this replica alone; the epoch stays, so that it holds only until the store is asked.
+        None when it stands otherwise."""
+        site = self.sites.get(backend)
+        if site is None or site.membership.epoch != expected_epoch:
+            return None
+        site.membership, site.claimed = Membership(tier, expected_epoch), True
+        return site.membership
 
     def restate(self, backend: str, membership: Membership) -> None:
         """A store that was away says how a backend stands: that holds, whatever was known."""
-        self.sites.setdefault(backend, Site()).membership = membership
+        site = self.sites.setdefault(backend, Site())
+        site.membership, site.claimed = membership, False
 
     def told(self, backend: str, load: BackendLoad, now_s: float) -> None:
         """The store told how a backend stands."""
@@ -212,8 +219,11 @@ class Book:
 
     def foreign(self, backend: str, foreign: LoadVector, now_s: float) -> None:
         site = self.sites.get(backend)
-        if site is not None:
-            site.foreign, site.foreign_s = foreign, now_s
+        if site is None:
+            return
+        if not foreign.slack and foreign.decodes:  # a refusal may leave it out
+            foreign = replace(foreign, slack=site.foreign.slack, queued_slack=site.foreign.queued_slack)
+        site.foreign, site.foreign_s = foreign, now_s
 
     def drop(self, backend: str) -> None:
         """A backend was removed; leases on it may still end."""

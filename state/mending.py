@@ -76,8 +76,13 @@ class Mending:
             self.removed.pop(backend, None)
         for backend, first_tier in list(self.wanted.items()):
             site = book.sites.get(backend)
-            tier = site.membership.tier if site is not None and site.membership.epoch else first_tier
-            book.restate(backend, await self.ask(inner.add_backend(backend, tier)))
+            tier = first_tier if site is None else site.membership.tier
+            stands = await self.ask(inner.add_backend(backend, tier))
+            if site is not None and site.claimed and tier is not None and stands.tier != tier:
+                unmoved = stands.epoch == site.membership.epoch or stands.tier is None
+                if unmoved:  # what this replica did alone may stand for all
+                    stands = (await self.ask(inner.claim(backend, tier, stands.epoch))).membership
+            book.restate(backend, stands)
         await self.settle_owed()
         await self._side_by_side(self._tell, book.untold())
         # A store that lost its last writes has forgotten leases that it had granted.

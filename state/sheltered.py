@@ -8,7 +8,7 @@ background whether the store answers again. docs/state.md ("Outages") has the ru
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 
 from scheduling.load import LoadVector, ReserveCandidate
@@ -238,22 +238,32 @@ class Sheltered:
         return 0 if site is None else site.own.sequence
 
     async def claim(self, backend: str, tier: str, expected_epoch: int) -> Changed | Conflict:
-        """See the contract. Memberships change only while the store counts for all: else it conflicts."""
-        return await self._move(backend, lambda: self._inner.claim(backend, tier, expected_epoch))
-
-    async def hand_back(self, backend: str, expected_epoch: int) -> Changed | Conflict:
-        """See the contract, and `claim`."""
-        return await self._move(backend, lambda: self._inner.hand_back(backend, expected_epoch))
-
-    async def _move(self, backend: str, ask: Callable[[], Awaitable[Changed | Conflict]]) -> Changed | Conflict:
-        if self._outage.mode is Mode.SHARED:
+        """See the contract. While the store is silent the claim holds for this replica alone, and for all when the
+        store answers and nobody was first: else a tier without a backend would wait for the store."""
+        if self._outage.mode is not Mode.ALONE:
             try:
-                answer = await self._mending.ask(ask())
+                answer = await self._mending.ask(self._inner.claim(backend, tier, expected_epoch))
             except StoreUnavailable as error:
-                self._cut(f"moving {backend}: {error}")
+                self._cut(f"claiming {backend}: {error}")
             else:
                 self._book.member(backend, answer.membership)
                 return answer
+        claimed = self._book.claim(backend, tier, expected_epoch)
+        return self._conflict(backend) if claimed is None else Changed(claimed)
+
+    async def hand_back(self, backend: str, expected_epoch: int) -> Changed | Conflict:
+        """See the contract. Whether nobody carries anything is known only while the store counts for all."""
+        if self._outage.mode is Mode.SHARED:
+            try:
+                answer = await self._mending.ask(self._inner.hand_back(backend, expected_epoch))
+            except StoreUnavailable as error:
+                self._cut(f"handing {backend} back: {error}")
+            else:
+                self._book.member(backend, answer.membership)
+                return answer
+        return self._conflict(backend)
+
+    def _conflict(self, backend: str) -> Conflict:
         site = self._book.sites.get(backend)
         return Conflict(Membership(None, 0) if site is None else site.membership)
 

@@ -14,6 +14,7 @@ from aiohttp import web
 from gateway.app import Gateway, running
 from gateway.config import BackendSettings, LimitSettings, Settings
 from gateway.shared import PolicySource
+from state.contract import Store
 from tiergate.root import wire
 
 MODEL = "test-model"
@@ -257,6 +258,7 @@ async def gateway(
     up: int | None = None,
     write_log: Callable[[bytes], None] | None = None,
     policy: PolicySource | None = None,
+    store: Store | None = None,
 ) -> AsyncIterator[Gateway]:
     """A running gateway whose backends are up."""
     wiring = await asyncio.to_thread(wire, settings)
@@ -264,6 +266,8 @@ async def gateway(
         wiring = replace(wiring, write_log=write_log)
     if policy is not None:
         wiring = replace(wiring, policy=policy)
+    if store is not None:
+        wiring = replace(wiring, store=store)
     async with running(settings, wiring) as made:
         wanted = len(settings.backends) if up is None else up
         await until(lambda: made.fleet.up >= wanted)

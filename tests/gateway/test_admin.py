@@ -17,7 +17,7 @@ async def test_health_metrics_and_state_after_traffic() -> None:
         async with ask.session.get(f"{ask.base}/healthz") as answer:
             assert answer.status == 200
         async with ask.session.get(f"{ask.base}/readyz") as answer:
-            assert await answer.json() == {"status": "ok", "backends_up": 1, "backends": 1}
+            assert await answer.json() == {"status": "ok", "backends_up": 1, "backends": 1, "store": "shared"}
         async with ask.session.get(f"{ask.base}/metrics") as answer:
             text = await answer.text()
         assert 'tiergate_requests_ended_total{end="finished"} 1.0' in text

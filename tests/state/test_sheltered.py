@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from scheduling.load import Cost, Limits, LoadVector, ReserveCandidate
-from state.contract import Changed, Conflict, Denied, Granted, Held, Mode, Publication, StoreEvent
+from state.contract import Changed, Conflict, Denied, Granted, Held, Membership, Mode, Publication, StoreEvent
 from state.memory import MemoryState
 from state.outage import Shelter
 from state.sheltered import Sheltered
@@ -223,18 +223,43 @@ async def test_other_memberships_and_tighter_residents_are_refused_alone(fleet: 
     assert isinstance(await fleet.stores[0].reserve("loose", (loose,)), Denied)
 
 
-async def test_claims_and_hand_backs_conflict_until_the_store_counts_for_all(fleet: Fleet) -> None:
+async def test_a_claim_made_alone_stands_for_all_when_nobody_was_first(fleet: Fleet) -> None:
+    alone, other = fleet.stores[:2]
+    known = (await alone.view())["x"].membership
+    fleet.fail(Fault.GONE, [0])
+    assert await alone.claim("x", "code", fleet.epoch + 1) == Conflict(known)
+    assert await alone.claim("x", "code", fleet.epoch) == Changed(Membership("code", fleet.epoch))
+    assert (await alone.view())["x"].membership == Membership("code", fleet.epoch)
+    assert await fleet.reserve(0, "one")  # its candidates still name the epoch that all know
+    assert (await other.view())["x"].membership == known
+    await fleet.heal()
+    stands = (await other.view())["x"].membership
+    assert (stands.tier, stands.epoch > fleet.epoch) == ("code", True)
+    assert (await alone.view())["x"].membership == stands
+
+
+async def test_a_claim_made_alone_gives_way_to_who_was_first(fleet: Fleet) -> None:
+    alone, other = fleet.stores[:2]
+    fleet.fail(Fault.GONE, [0])
+    assert isinstance(await alone.claim("x", "code", fleet.epoch), Changed)
+    first = await other.claim("x", "batch", fleet.epoch)
+    assert isinstance(first, Changed)
+    await fleet.heal()
+    assert (await alone.view())["x"].membership == first.membership
+    assert (await other.view())["x"].membership == first.membership
+
+
+async def test_a_hand_back_conflicts_until_the_store_counts_for_all(fleet: Fleet) -> None:
     store = fleet.stores[0]
     known = (await store.view())["x"].membership
     fleet.fail(Fault.GONE)
-    assert await store.claim("x", "code", fleet.epoch) == Conflict(known)
     assert await store.hand_back("x", fleet.epoch) == Conflict(known)
     fleet.fail(Fault.NONE)
     await fleet.look()
     assert fleet.mode(0) is Mode.HEALING
     assert await store.hand_back("x", fleet.epoch) == Conflict(known)
     await fleet.heal()
-    assert isinstance(await store.claim("x", "code", fleet.epoch), Changed)
+    assert isinstance(await store.hand_back("x", fleet.epoch), Changed)
 
 
 async def test_a_lease_is_answered_again_and_never_revived(fleet: Fleet) -> None:
