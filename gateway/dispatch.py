@@ -1,7 +1,8 @@
 """The shell around the dispatcher: it carries out what the core decides and tells it what happened.
 
 Every request's own handler makes its reservations and opens its stream, so no task is made for it. The shell owns
-three tasks: one that ends leases and moves backends in the store, one that listens to the store, and a ticker.
+four tasks: one that ends leases and moves backends in the store, one that listens to the store, one that publishes
+to it, and a ticker.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.pace import Pace
+from gateway.publishing import Core as Published
+from gateway.publishing import Publisher, waiting_of
 from gateway.ticket import Stage, Ticket
 from scheduling.events import (
     Action,
@@ -31,6 +34,7 @@ from scheduling.events import (
     LoadPublished,
     MembershipChanged,
     OpenFailed,
+    OthersHold,
     Refuse,
     Release,
     Reserve,
@@ -45,7 +49,7 @@ _STORE_TRIES = 3
 _STORE_PAUSE_S = 0.05
 
 
-class Core(Protocol):
+class Core(Published, Protocol):
     """What the shell needs of a dispatcher."""
 
     def handle(self, event: Event, now_s: float) -> list[Action]: ...
@@ -90,7 +94,8 @@ class Shell:
         self._clock = clock
         self._timing = timing
         self._tickets: dict[str, Ticket] = {}
-        self._releases: deque[str] = deque()
+        self._publisher = Publisher(core, store, clock)
+        self._releases: deque[tuple[str, str]] = deque()  # lease, backend
         self._moves: deque[Claim | HandBack] = deque()
         self._work = asyncio.Event()
         self._left = asyncio.Event()
@@ -138,7 +143,12 @@ class Shell:
                 self.feed(MembershipChanged(backend, membership.tier, membership.epoch))
             self.feed(ReserveRefused(order.request_id, order.lease_id, answer.foreign))
             return
-        self._release(order.lease_id)
+        self._give_up(order)
+
+    def _give_up(self, order: Reserve) -> None:
+        """Whether the store granted it is unknown: releasing is idempotent and ends it either way."""
+        for candidate in order.candidates:
+            self._release(order.lease_id, candidate.backend)
         self.feed(ReserveRefused(order.request_id, order.lease_id, {}))
 
     def opening(self, ticket: Ticket) -> None:
@@ -192,10 +202,8 @@ class Shell:
         self._leave(ticket)
         self.counts.cancelled += 1
         self.feed(Cancelled(ticket.request.request_id))
-        for lease_id in ticket.asked_leases():
-            # Whether the store granted it is unknown; releasing is idempotent and ends it either way.
-            self._release(lease_id)
-            self.feed(ReserveRefused(ticket.request.request_id, lease_id, {}))
+        for order in ticket.asked():
+            self._give_up(order)
 
     def _leave(self, ticket: Ticket) -> None:
         self._opened(ticket)
@@ -210,7 +218,7 @@ class Shell:
         for action in self._core.handle(event, self._clock()):
             match action:
                 case Release():
-                    self._release(action.lease_id)
+                    self._release(action.lease_id, action.backend)
                 case Claim() | HandBack():
                     self._moves.append(action)
                     self._work.set()
@@ -248,24 +256,26 @@ class Shell:
 
     # --- the store -----------------------------------------------------------------------------------------
 
-    def _release(self, lease_id: str) -> None:
-        self._releases.append(lease_id)
+    def _release(self, lease_id: str, backend: str) -> None:
+        self._publisher.ending(backend)
+        self._releases.append((lease_id, backend))
         self._work.set()
 
     async def settle(self) -> None:
         """Release what waits for it. A lease stays in the queue until the store has answered."""
         while self._releases:
-            lease_id = self._releases.popleft()
+            lease_id, backend = self._releases.popleft()
             try:
                 await self._store.release(lease_id)
             except StoreUnavailable:
                 self.store_down = True
-                self._releases.append(lease_id)
+                self._releases.append((lease_id, backend))
                 return
             except asyncio.CancelledError:
-                self._releases.append(lease_id)
+                self._releases.append((lease_id, backend))
                 self._work.set()
                 raise
+            self._publisher.ended(backend)
 
     async def _work_off(self) -> None:
         """End leases nobody waits for, and move backends between tiers."""
@@ -304,6 +314,7 @@ class Shell:
     async def _watch(self) -> None:
         async for event in self._store.watch():
             if isinstance(event, HeldEvent):
+                self.feed(OthersHold(event.replica, waiting_of(event.held, self._clock())))
                 continue
             stands = event.load.membership
             self.feed(MembershipChanged(event.backend, stands.tier, stands.epoch))
@@ -321,6 +332,7 @@ class Shell:
             self.loop_lag_max_s = max(self.loop_lag_max_s, self.loop_lag_s)
             due_s = max(due_s + period_s, now_s)
             self.look(now_s)
+            self._publisher.begin()
 
     def look(self, now_s: float) -> None:
         """Tell the core where the streams are, and end what has stalled."""
@@ -350,6 +362,7 @@ class Shell:
         return [
             tasks.create_task(self._work_off(), name="store-work"),
             tasks.create_task(self._watch(), name="store-watch"),
+            tasks.create_task(self._publisher.run(), name="store-publish"),
             tasks.create_task(self._tick(), name="ticker"),
         ]
 

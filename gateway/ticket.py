@@ -65,7 +65,7 @@ class Ticket:
         self.request = request
         self.stage = Stage.HELD
         self.lease_id: str | None = None
-        self.reserving: str | None = None  # a lease that was asked for and not yet answered
+        self.reserving: Reserve | None = None  # was asked for and not yet answered
         self.backend: str | None = None
         self.decision: Decision | None = None
         self.abort: Callable[[], None] | None = None  # closes the engine's answer; set by the relay
@@ -83,9 +83,9 @@ class Ticket:
         self.seen_tokens = 0  # the ticker's memory of its last look
         self.seen_s = 0.0
 
-    def asked_leases(self) -> list[str]:
+    def asked(self) -> list[Reserve]:
         """Leases the core waits for that this handler has not asked of the store, or had no answer for."""
-        asked = [order.lease_id for order in self._orders if isinstance(order, Reserve)]
+        asked = [order for order in self._orders if isinstance(order, Reserve)]
         return asked if self.reserving is None else [self.reserving, *asked]
 
     def give(self, order: Order) -> None:
@@ -109,7 +109,7 @@ class Ticket:
                 if isinstance(order, Refuse):
                     return order
                 if isinstance(order, Reserve):
-                    self.reserving = order.lease_id
+                    self.reserving = order
                     await self._shell.reserve(order)
                     self.reserving = None
                 else:

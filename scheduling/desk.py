@@ -94,6 +94,7 @@ class Desk:
         self._leases: dict[str, Ticket] = {}
         self._queues: dict[str, dict[Kind, Queue]] = {}
         self._alarms: list[tuple[float, int, Ticket]] = []
+        self._yielding: list[tuple[float, int, Ticket]] = []
         self._waits = 0
 
     # --- finding -------------------------------------------------------------------------------------------
@@ -158,6 +159,11 @@ class Desk:
         if math.isfinite(ticket.until_s):
             heappush(self._alarms, (ticket.until_s, self._waits, ticket))
 
+    def yields(self, ticket: Ticket) -> None:
+        """One that is held is to be looked at again at `yields_until_s`."""
+        assert ticket.yields_until_s is not None
+        heappush(self._yielding, (ticket.yields_until_s, ticket.held_number, ticket))
+
     def unhold(self, ticket: Ticket) -> None:
         """Out of its queue, before its promise or tier (and so its queue) changes."""
         self._move(ticket, Phase.NEW)
@@ -219,17 +225,41 @@ class Desk:
 
     def next_alarm_s(self) -> float:
         """When the next wait ends; infinity when none does."""
-        alarms = self._alarms
-        while alarms and not _waits(alarms[0]):
-            heappop(alarms)
-        return alarms[0][0] if alarms else math.inf
+        return _first_s(self._alarms)
 
     def due(self, now_s: float) -> list[Ticket]:
         """Those whose wait ends by now. They still count as held."""
-        due: list[Ticket] = []
-        while self.next_alarm_s() <= now_s:
-            due.append(heappop(self._alarms)[2])
-        return due
+        return _take_due(self._alarms, now_s)
+
+    def next_yielded_s(self) -> float:
+        """When the next has let others go first for long enough; infinity when nobody does."""
+        return _first_s(self._yielding)
+
+    def yielded(self, now_s: float) -> list[Ticket]:
+        """Those who have by now. They still count as held."""
+        return _take_due(self._yielding, now_s)
+
+    def firsts(self, name: str) -> list[Ticket]:
+        """The first who waits for a tier, of each model."""
+        fronts: dict[str, _Entry] = {}
+        for (model, _), queue in self._queues.get(name, {}).items():
+            front = queue.front()
+            if front is not None and (model not in fronts or front < fronts[model]):
+                fronts[model] = front
+        return [front[2] for front in fronts.values()]
+
+
+def _first_s(alarms: list[tuple[float, int, Ticket]]) -> float:
+    while alarms and not _waits(alarms[0]):
+        heappop(alarms)
+    return alarms[0][0] if alarms else math.inf
+
+
+def _take_due(alarms: list[tuple[float, int, Ticket]], now_s: float) -> list[Ticket]:
+    due: list[Ticket] = []
+    while _first_s(alarms) <= now_s:
+        due.append(heappop(alarms)[2])
+    return due
 
 
 def kind_of(ticket: Ticket) -> Kind:

@@ -28,10 +28,11 @@ from scheduling.load import LoadVector
 from scheduling.options import Options
 from scheduling.placing import Look
 from scheduling.policies.protocol import Policy
-from scheduling.refusing import at_once
+from scheduling.refusing import at_once, may_retry, within_reach
 from scheduling.requests import Request
 from scheduling.residents import expected_output_tokens
-from scheduling.tickets import Phase, Ticket
+from scheduling.rivals import Waiting
+from scheduling.tickets import Phase, Ticket, waiting_of
 from scheduling.tiers import TierSet
 
 _DEFAULT_LENGTH = FixedLength()
@@ -72,6 +73,7 @@ class Dispatcher:
             ev.HandedBack: self._handed_back,
             ev.HandBackRefused: self._hand_back_refused,
             ev.LoadPublished: self._load_published,
+            ev.OthersHold: self._others_hold,
             ev.TimePassed: self._time_passed,
         }
 
@@ -94,7 +96,7 @@ class Dispatcher:
 
     def next_wake_s(self) -> float | None:
         """When TimePassed is wanted next, if nothing else happens; None: not at all."""
-        at_s = self._desk.next_alarm_s()
+        at_s = min(self._desk.next_alarm_s(), self._desk.next_yielded_s())
         if self.policy.uses_tiers and len(self.fleet):
             at_s = min(at_s, self._next_handback_s, self._next_round_s, self._deal_from_s)
         if self.counts.held:
@@ -117,6 +119,11 @@ class Dispatcher:
 
     # --- publishing ----------------------------------------------------------------------------------------
 
+    @property
+    def backends(self) -> list[str]:
+        """The names of all."""
+        return [ledger.backend.name for ledger in self.fleet]
+
     def begin_publish(self, backend: str) -> LoadVector | None:
         """What is to be published of a backend; None when there is nothing new, or a lease there has been asked
         for and not answered. The shell asks only when the store has answered for every lease that ended there."""
@@ -128,6 +135,16 @@ class Dispatcher:
         ledger = self.fleet.get(backend)
         if ledger is not None:
             ledger.settle_publish(taken)
+
+    def doubt_published(self) -> None:
+        """Whether the store still has what it took is not known: publish it again, news or not."""
+        for ledger in self.fleet:
+            ledger.doubt_published()
+
+    def first_held(self) -> tuple[Waiting, ...]:
+        """The held request that is due first, of each model and tier; without those that have no deadline."""
+        firsts = [ticket for tier in self.tiers.tiers for ticket in self._desk.firsts(tier.name)]
+        return tuple([waiting_of(ticket) for ticket in firsts if math.isfinite(ticket.ask.ttft_due_s)])
 
     # --- requests ------------------------------------------------------------------------------------------
 
@@ -233,7 +250,7 @@ class Dispatcher:
                 self._rest(ledger, now_s)
             ticket.excluded |= {name} if name else frozenset()
             ticket.cause = event.cause
-            if self._may_retry(ticket):
+            if may_retry(ticket, self.fleet, self.options.max_attempts):
                 self._ladder.place_or_hold(ticket, now_s, out)
             else:
                 self._fail(ticket, now_s, out)
@@ -245,26 +262,9 @@ class Dispatcher:
         message = f"failed before the first token: {names}; the last: {ticket.cause}"
         self._ladder.refuse(ticket, Refusal(RefusalKind.FAILED, message, 1.0), now_s, out)
 
-    def _may_retry(self, ticket: Ticket) -> bool:
-        if len(ticket.excluded) >= self.options.max_attempts:
-            return False
-        return any(
-            is_open(ledger) and ledger.backend.name not in ticket.excluded
-            for ledger in self.fleet.serving(ticket.request.model)
-        )
-
-    def _within_reach(self, ticket: Ticket, now_s: float) -> bool:
-        """Whether one that waits without a deadline can wait for anything: tiers that take no backends from a pool
-        may offer it only those where it failed, and it would wait for ever."""
-        policy = self.policy
-        if math.isfinite(ticket.until_s) or policy.uses_pool or not policy.uses_tiers:
-            return True
-        stages = policy.last_resort if ticket.relegated else policy.stages
-        return any(
-            is_open(ledger) and ledger.backend.name not in ticket.excluded
-            for stage in stages(ticket.request, ticket.tier, self.fleet, now_s)
-            for ledger in stage.ledgers
-        )
+    def _has_hope(self, ticket: Ticket, now_s: float) -> bool:
+        retries = may_retry(ticket, self.fleet, self.options.max_attempts)
+        return retries and within_reach(ticket, self.policy, self.fleet, now_s)
 
     def _rest(self, ledger: Ledger, now_s: float) -> None:
         ledger.blocked_until_s = now_s + self.options.cooldown_s * 2.0 ** min(ledger.failures, 5)
@@ -348,6 +348,10 @@ class Dispatcher:
             else:
                 self._desk.unhold(ticket)
                 self._ladder.give_up_promise(ticket, found, now_s, out)
+        for ticket in self._desk.yielded(now_s):
+            found = self._ladder.look_over(ticket, now_s)
+            if found.choice is not None:
+                self._ladder.reserve(ticket, found.choice, found, now_s, out)
         for name in [name for name in self._blocked if self.fleet[name].blocked_until_s <= now_s]:
             self._blocked.discard(name)
             self._offer(self.fleet[name], now_s, out)
@@ -371,9 +375,11 @@ class Dispatcher:
             failed: set[Kind] = set()
             while ticket := self._desk.head(name, failed):
                 found = self._ladder.look_over(ticket, now_s)
-                if found.choice is not None:
+                if found.choice is not None and not self._ladder.yields(ticket, found.choice, now_s):
                     self._ladder.reserve(ticket, found.choice, found, now_s, out)
-                elif ticket.excluded and not (self._may_retry(ticket) and self._within_reach(ticket, now_s)):
+                elif found.choice is not None:
+                    failed.add(kind_of(ticket))
+                elif ticket.excluded and not self._has_hope(ticket, now_s):
                     self._fail(ticket, now_s, out)
                 elif (refusal := at_once(ticket, self.fleet)) and refusal.kind is RefusalKind.TOO_LONG:
                     # the backends that took so long a prompt are gone, and nobody waits behind it for ever
@@ -474,6 +480,9 @@ class Dispatcher:
     def _load_published(self, event: ev.LoadPublished, now_s: float, out: list[ev.Action]) -> None:
         self._set_foreign(event.backend, event.foreign, now_s)
         self._offer(self.fleet.get(event.backend), now_s, out)
+
+    def _others_hold(self, event: ev.OthersHold, now_s: float, out: list[ev.Action]) -> None:
+        self._ladder.rivals.told(event.replica, event.waiting, now_s)
 
     def _set_foreign(self, name: str, foreign: LoadVector, now_s: float) -> None:
         ledger = self.fleet.get(name)

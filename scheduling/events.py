@@ -18,6 +18,7 @@ from scheduling.decisions import Decision, Refusal
 from scheduling.lengths import LengthModel
 from scheduling.load import LoadVector, ReserveCandidate
 from scheduling.requests import Request
+from scheduling.rivals import Waiting
 from scheduling.tiers import TierSet
 
 # --- events: what happened ---------------------------------------------------------------------------------
@@ -179,6 +180,14 @@ class LoadPublished:
 
 
 @dataclass(frozen=True, slots=True)
+class OthersHold:
+    """Another replica holds these, the first of each model and tier; nobody when it is empty."""
+
+    replica: str
+    waiting: tuple[Waiting, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TimePassed:
     """Nothing happened but time: held requests fall due, tails are looked at."""
 
@@ -202,6 +211,7 @@ Event = (
     | HandedBack
     | HandBackRefused
     | LoadPublished
+    | OthersHold
     | TimePassed
 )
 

@@ -20,7 +20,8 @@ from scheduling.placing import Choice, Look, candidate_for, look, reason_for
 from scheduling.policies.protocol import Admission, Policy, Stage
 from scheduling.refusing import latest_start_s, pace_unreachable, retry_after_s, too_late, too_tight
 from scheduling.residents import Resident
-from scheduling.tickets import Ticket
+from scheduling.rivals import Rivals
+from scheduling.tickets import Phase, Ticket
 from scheduling.tiers import OnMiss
 
 
@@ -33,6 +34,7 @@ class Ladder:
         self._policy = policy
         self._options = options
         self._elastic = Elastic(fleet, policy, options)
+        self.rivals = Rivals()
 
     @property
     def elastic(self) -> Elastic:
@@ -40,10 +42,41 @@ class Ladder:
 
     def place_or_hold(self, ticket: Ticket, now_s: float, out: list[ev.Action]) -> None:
         found = self.look_over(ticket, now_s)
-        if found.choice is not None:
-            self.reserve(ticket, found.choice, found, now_s, out)
-        else:
+        if found.choice is None:
             self.wait(ticket, found, now_s, out)
+        elif self.yields(ticket, found.choice, now_s):
+            self._hold_back(ticket, found.choice, found, now_s, out)
+        else:
+            self.reserve(ticket, found.choice, found, now_s, out)
+
+    def yields(self, ticket: Ticket, choice: Choice, now_s: float) -> bool:
+        """Whether it leaves the place it found to an earlier request of another replica, for now."""
+        yield_s = self._options.yield_s
+        until_s = ticket.yields_until_s
+        if not yield_s or ticket.relegated or (until_s is not None and now_s >= until_s):
+            return False
+        request, ledger = ticket.request, choice.ledger
+        rival = self.rivals.before(
+            request.model, ticket.tier.name, ticket.ask.ttft_due_s, ledger, choice.judged.pace_s, now_s
+        )
+        if rival is None:
+            return False
+        if until_s is None:
+            if latest_start_s(ticket, self._fleet, now_s) < now_s + 2 * yield_s:
+                return False
+            ticket.yields_until_s = now_s + yield_s
+            if ticket.phase is Phase.HELD:
+                self._desk.yields(ticket)
+        return True
+
+    def _hold_back(self, ticket: Ticket, choice: Choice, found: Look, now_s: float, out: list[ev.Action]) -> None:
+        """It fits, and waits all the same: see `scheduling.rivals`."""
+        ticket.until_s = latest_start_s(ticket, self._fleet, now_s)
+        reason = f"{choice.ledger.backend.name} has room, which another replica's earlier request may take first"
+        decision = self._decide(ticket, Outcome.HELD, reason, None, found, now_s)
+        self._desk.hold(ticket, self._policy.held_key(ticket.request))
+        self._desk.yields(ticket)
+        out.append(ev.Hold(ticket.request.request_id, ticket.until_s, decision))
 
     def wait(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
         """Nothing was found: hold it as long as its promise can still be kept."""
@@ -174,7 +207,7 @@ class Ladder:
             return False
         policy = self._policy
         found = look((stage,), ticket.ask, policy.admission, now_s, ticket.excluded, policy.checks)
-        if found.choice is None:
+        if found.choice is None or self.yields(ticket, found.choice, now_s):
             return False
         self.reserve(ticket, found.choice, found, now_s, out)
         return True

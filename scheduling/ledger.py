@@ -189,6 +189,10 @@ class Ledger:
         self.stored.settle(taken)
         self._told.settle(taken)
 
+    def doubt_published(self) -> None:
+        """Publish again, news or not."""
+        self._told.doubt()
+
     def set_foreign(self, foreign: LoadVector, tpot_s: float, now_s: float) -> None:
         """Other replicas carry this here; the tightest pace among their residents is `tpot_s`."""
         before, self.foreign, self.foreign_tpot_s = self.foreign, foreign, tpot_s

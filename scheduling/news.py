@@ -35,6 +35,10 @@ class Told:
         """This is on its way."""
         self._candidate = own
 
+    def doubt(self) -> None:
+        """What the store shows is not known."""
+        self._last = None
+
     def settle(self, taken: bool | None) -> None:
         """It was taken, refused, or (None) nobody knows: then it is not known either what the store shows."""
         if taken:

@@ -23,6 +23,8 @@ class Options:
         refuses: whether a request that cannot be on time any more is refused, or relegated where its tier says so;
             else it waits on and is served late, as in PolyServe.
         max_held: held requests at most; beyond it the newcomer is refused.
+        yield_s: how long a request that found a place lets an earlier one of another replica go first; 0: not at
+            all.
         cooldown_s: a backend that failed before a first byte rests this long, doubling up to 32 times.
     """
 
@@ -38,4 +40,5 @@ class Options:
     overtaking: bool = True
     refuses: bool = True
     max_held: int = 10_000
+    yield_s: float = 0.15
     cooldown_s: float = 0.25

@@ -34,6 +34,29 @@ def at_once(ticket: Ticket, fleet: Fleet) -> Refusal | None:
     return Refusal(RefusalKind.TOO_LONG, message)
 
 
+def may_retry(ticket: Ticket, fleet: Fleet, max_attempts: int) -> bool:
+    """Whether there is another backend to try for a request that backends have failed."""
+    if len(ticket.excluded) >= max_attempts:
+        return False
+    return any(
+        is_open(ledger) and ledger.backend.name not in ticket.excluded
+        for ledger in fleet.serving(ticket.request.model)
+    )
+
+
+def within_reach(ticket: Ticket, policy: Policy, fleet: Fleet, now_s: float) -> bool:
+    """Whether one that waits without a deadline can wait for anything: tiers that take no backends from a pool may
+    offer it only those where it failed, and it would wait for ever."""
+    if math.isfinite(ticket.until_s) or policy.uses_pool or not policy.uses_tiers:
+        return True
+    stages = policy.last_resort if ticket.relegated else policy.stages
+    return any(
+        is_open(ledger) and ledger.backend.name not in ticket.excluded
+        for stage in stages(ticket.request, ticket.tier, fleet, now_s)
+        for ledger in stage.ledgers
+    )
+
+
 def latest_start_s(ticket: Ticket, fleet: Fleet, now_s: float) -> float:
     """When a request must start at the latest, on an idle backend, to make its first token."""
     due_s = ticket.ask.ttft_due_s

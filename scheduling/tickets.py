@@ -9,6 +9,7 @@ from scheduling.decisions import Decision
 from scheduling.feasible import Ask
 from scheduling.lengths import LengthModel
 from scheduling.requests import Request
+from scheduling.rivals import Waiting
 from scheduling.tiers import Tier
 
 
@@ -51,6 +52,7 @@ class Ticket:
         "store_refusals",
         "tier",
         "until_s",
+        "yields_until_s",
     )
 
     def __init__(self, request: Request, tier: Tier, ask: Ask, lengths: LengthModel) -> None:
@@ -69,9 +71,17 @@ class Ticket:
         self.gone = False
         self.held_number = -1  # which wait this is; older queue entries of the same ticket are stale
         self.until_s = math.inf
+        self.yields_until_s: float | None = None  # when it has let others go first for long enough
         self.cause = ""
 
     def move(self, phase: Phase) -> None:
         if phase not in _MOVES[self.phase]:
             raise AssertionError(f"request {self.request.request_id}: {self.phase.value} -> {phase.value}")
         self.phase = phase
+
+
+def waiting_of(ticket: Ticket) -> Waiting:
+    """What other replicas are told of one that is held."""
+    request = ticket.request
+    kv_tokens = int((request.prompt_tokens + ticket.ask.output_tokens) * request.sequences)
+    return Waiting(request.model, ticket.tier.name, ticket.ask.ttft_due_s, request.sequences, kv_tokens)

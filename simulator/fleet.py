@@ -196,12 +196,20 @@ class SimFleet:
         self.agenda.at(now_s + PROGRESS_PERIOD_S, self._progress)
 
     def _tell_of_others(self) -> None:
-        for replica in self.replicas:
+        age_s = self.options.view_age_s
+        held: list[tuple[Replica, ev.OthersHold]] = []
+        for index, replica in enumerate(self.replicas):
             replica.publish()
+            first = replica.held_news()
+            if first is not None:
+                # what is told is how long is left, and it is as old as the rest when it comes
+                waiting = tuple(replace(one, due_s=one.due_s + age_s) for one in first)
+                held.append((replica, ev.OthersHold(f"replica{index}", waiting)))
         for replica in self.replicas:
-            for event in replica.changes(self.starting):
+            events = [event for teller, event in held if teller is not replica]
+            for event in [*events, *replica.changes(self.starting)]:
                 tell = lambda replica=replica, event=event: replica.tell(event)  # noqa: E731  # bound now
-                self.agenda.at(self.agenda.now_s + self.options.view_age_s, tell)
+                self.agenda.at(self.agenda.now_s + age_s, tell)
 
     def open(self, replica: Replica, sim: SimRequest, lease_id: str, backend: str) -> bool:
         """Open a stream; False when the engine is not there."""

@@ -8,6 +8,7 @@ from typing import Protocol
 from scheduling import events as ev
 from scheduling.dispatcher import Dispatcher
 from scheduling.requests import Request
+from scheduling.rivals import Waiting
 from scheduling.scoring import RequestEnd
 from simulator.agenda import Agenda
 from simulator.engines import StreamTimes
@@ -19,6 +20,9 @@ from tiergate_engine.model import SequenceTooLong
 
 TIMER_LATE_S = 0.001
 """How late the dispatcher is told that its time has come, as in the live gateway."""
+
+TELL_ANEW_S = 1.0
+"""How often replicas repeat what they hold, as in the live gateway."""
 
 
 class Home(Protocol):
@@ -46,6 +50,8 @@ class Replica:
         self._agenda = fleet.agenda
         self._store = store
         self._view = View()
+        self._held: tuple[Waiting, ...] = ()
+        self._held_anew_s = 0.0
         self._wake_s: float | None = None
         self._requests: dict[str, SimRequest] = {}
         self._open: dict[str, tuple[SimRequest, ev.Open]] = {}  # by lease
@@ -79,6 +85,14 @@ class Replica:
         taken = self._store.publish(begun)
         for one in begun:
             dispatcher.settle_publish(one.backend, one.backend in taken)
+
+    def held_news(self) -> tuple[Waiting, ...] | None:
+        """What others are to be told that this replica holds; None when they know, and were told of late."""
+        first, now_s = self.dispatcher.first_held(), self._agenda.now_s
+        if first == self._held and (not first or now_s < self._held_anew_s):
+            return None
+        self._held, self._held_anew_s = first, now_s + TELL_ANEW_S
+        return first
 
     def changes(self, hidden: set[str]) -> list[ev.Event]:
         """What the store says of the others that this replica was not told yet, but of some backends."""
