@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -158,7 +157,7 @@ class MemoryDocumentState:
         """`clock` gives Unix seconds."""
         self.clock = clock
         self.current: Document | None = None
-        self.past: deque[Document] = deque(maxlen=HISTORY)  # newest first
+        self.past: dict[int, Document] = {}  # by version
         self.learned: dict[str, tuple[float, str]] = {}
         self._watching: weakref.WeakSet[Watching] = weakref.WeakSet()
 
@@ -170,7 +169,9 @@ class MemoryDocumentState:
     def set(self, document: Document) -> Document:
         """Let this one stand and tell everybody."""
         self.current = document
-        self.past.appendleft(document)
+        self.past[document.version] = document
+        for version in sorted(self.past)[:-HISTORY]:
+            del self.past[version]
         for watching in list(self._watching):
             watching.notice()
         return document
@@ -201,7 +202,7 @@ class MemoryDocuments:
         return self._state.set(document)
 
     async def history(self) -> tuple[Document, ...]:
-        return tuple(self._state.past)
+        return tuple(document for _, document in sorted(self._state.past.items(), reverse=True))
 
     async def watch(self) -> AsyncGenerator[Document | None, None]:
         watching = self._state.watching()

@@ -15,7 +15,7 @@ import contextlib
 import re
 import socket
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,8 @@ class Subscription:
         """Subscribe, and wait until the server confirmed: what is sent from now on arrives. Raises `ERRORS`."""
         missing = len(names)
         async with asyncio.timeout(timeout_s):
-            await self._channels.subscribe(*names)
+            with _cancellable():
+                await self._channels.subscribe(*names)
             while missing:
                 heard = await self._channels.get_message(timeout=None)
                 if heard is None:
@@ -109,14 +110,16 @@ class Subscription:
         """
         if self._early:
             return self._early.popleft()
-        heard = await self._channels.get_message(timeout=timeout_s)
+        with _cancellable():
+            heard = await self._channels.get_message(timeout=timeout_s)
         now_s = asyncio.get_running_loop().time()
         if heard is not None:
             self._heard_s, self._asked_s = now_s, None
             return _message(heard) if heard["type"] == "message" else None
         if self._asked_s is None:
             if now_s - self._heard_s >= SILENCE_S:
-                await self._channels.ping()
+                with _cancellable():
+                    await self._channels.ping()
                 self._asked_s = now_s
         elif now_s - self._asked_s >= SILENCE_S:
             raise RedisConnectionError("the subscription is silent: no answer to a PING")
@@ -126,6 +129,19 @@ class Subscription:
         """End it. Idempotent; raises nothing that matters."""
         with contextlib.suppress(*ERRORS):
             await self._channels.aclose()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+
+
+@contextlib.contextmanager
+def _cancellable() -> Iterator[None]:
+    """Let no cancellation be lost in redis-py. It sends with `asyncio.wait_for`, which in Python 3.11 drops one
+    that comes in the moment in which the bytes are sent (bpo-37658), and the task would go on for ever."""
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
+    try:
+        yield
+    finally:  # after an error answer as well: it is an answer
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _message(heard: Mapping[str, bytes]) -> Message:
@@ -156,7 +172,8 @@ class Connection:
         In a Cluster the first key says which node is asked; PUBLISH goes to any and reaches all. SCRIPT LOAD goes
         to every primary, so after a NOSCRIPT error ask with EVAL: it loads the script where it is needed.
         """
-        answer: Answer = await self.client.execute_command(*words)
+        with _cancellable():
+            answer: Answer = await self.client.execute_command(*words)
         return answer
 
     def pubsub(self) -> PubSub:

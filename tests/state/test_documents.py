@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -19,6 +21,10 @@ from state.documents import (
     MemoryDocumentState,
     Stale,
 )
+from state.redis.address import parse_url
+from state.redis.connect import Connection, connect
+from state.redis.documents import RedisDocuments
+from tests.servers import DataServer, Kind
 
 WAIT_S = 30
 
@@ -43,18 +49,55 @@ class MemoryShared:
         return MemoryDocuments(self._state)
 
 
-@contextlib.asynccontextmanager
-async def _memory(request: pytest.FixtureRequest) -> AsyncIterator[Shared]:
-    yield MemoryShared()
+class RedisShared:
+    """Handles on one fleet of a server, each over a connection of its own."""
+
+    def __init__(self, url: str, fleet: str) -> None:
+        self._url = url
+        self._fleet = fleet
+        self._connections: list[Connection] = []
+
+    def handle(self) -> Documents:
+        connection = connect(parse_url(self._url))
+        self._connections.append(connection)
+        return RedisDocuments(connection, self._fleet)
+
+    async def close(self) -> None:
+        for connection in self._connections:
+            await connection.close()
 
 
-IMPLEMENTATIONS = {"memory": _memory}
+class Servers:
+    """A server of each kind for all tests of this file, started when it is first asked for."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._urls: dict[Kind, str] = {}
+
+    def url(self, kind: Kind) -> str:
+        if kind not in self._urls:
+            self._urls[kind] = self._stack.enter_context(DataServer(kind, self._folder / kind.value)).url
+        return self._urls[kind]
 
 
-@pytest.fixture(params=sorted(IMPLEMENTATIONS))
-async def shared(request: pytest.FixtureRequest) -> AsyncIterator[Shared]:
-    async with IMPLEMENTATIONS[request.param](request) as made:
-        yield made
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with contextlib.ExitStack() as stack:
+        yield Servers(tmp_path_factory.mktemp("servers"), stack)
+
+
+FLEETS = itertools.count()
+
+
+@pytest.fixture(params=["memory", "redis", "valkey"])
+async def shared(request: pytest.FixtureRequest, servers: Servers) -> AsyncIterator[Shared]:
+    if request.param == "memory":
+        yield MemoryShared()
+        return
+    made = RedisShared(await asyncio.to_thread(servers.url, Kind(request.param)), f"documents-{next(FLEETS)}")
+    yield made
+    await made.close()
 
 
 @pytest.fixture
@@ -212,3 +255,15 @@ async def test_old_contributions_end() -> None:
     assert set(await documents.contributions()) == {"b"}
     await documents.contribute("b", "y")
     assert set(state.learned) == {"b"}
+
+
+async def test_listening_can_be_ended_at_every_moment(shared: Shared) -> None:
+    """Python 3.11's `asyncio.wait_for`, with which redis-py sends, may lose a cancellation."""
+    for steps in range(40):
+        documents = shared.handle()
+        async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(documents.run())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+        await documents.close()
