@@ -1,0 +1,262 @@
+"""Workers behind one port, as real processes: what clients see when workers die, are replaced, or stop.
+
+The engines are emulated. The tests of the first part share one service, and each leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.tiergate.workers.rig import (
+    Service,
+    admin,
+    alive,
+    ask,
+    clients,
+    kill,
+    metrics,
+    ready,
+    serving,
+    stream,
+    until,
+    until_told,
+    whole,
+)
+
+WORKERS = 2
+TOKENS = 60
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("workers")
+    with serving(folder, "--workers", str(WORKERS), "--store", "embedded") as made:
+        yield made
+
+
+async def _all_up(service: Service) -> None:
+    """Wait until every worker serves, and nobody is on the way out."""
+    async with clients() as session:
+
+        async def up() -> bool:
+            found = await metrics(session, service)
+            serving = [found.get(f"tiergate_worker_up{{worker={number}}}") for number in range(WORKERS)]
+            return serving == [1.0] * WORKERS and len(service.workers()) == WORKERS
+
+        await until_told(up)
+
+
+async def test_requests_are_shared_out_and_counted_together(service: Service) -> None:
+    async with clients() as session:
+        before = await metrics(session, service)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(10)]
+            await asyncio.sleep(0.7)
+            during = await metrics(session, service)
+        assert all(whole(one.result(), TOKENS) for one in running)
+        after = await metrics(session, service)
+
+    def more(sample: str) -> float:
+        return after[sample] - before.get(sample, 0.0)
+
+    assert during["tiergate_requests_running{}"] + during["tiergate_requests_held{}"] == 10
+    assert more("tiergate_requests_arrived_total{}") == 10
+    assert more("tiergate_requests_ended_total{end=finished}") == 10
+    assert more("tiergate_queue_seconds_count{tier=t150}") == 10
+    assert more("tiergate_queue_seconds_bucket{le=+Inf,tier=t150}") == 10
+    shares = [more(f"tiergate_worker_requests_total{{worker={number}}}") for number in range(WORKERS)]
+    assert sum(shares) == 10
+    assert min(shares) >= 3, f"one worker got nearly all: {shares}"
+    for number in range(WORKERS):
+        assert during[f"tiergate_worker_connections{{worker={number}}}"] >= 3
+        assert f"tiergate_loop_lag_seconds{{worker={number}}}" in after
+
+
+async def test_a_decision_is_told_by_whoever_is_asked(service: Service) -> None:
+    async with clients() as session:
+        for _ in range(4):
+            await ask(session, service)
+        status, body = await ask(session, service, stream=False)
+        assert status == 200, body
+        async with session.post(
+            f"{service.base}/v1/chat/completions",
+            json={"model": "Qwen/Qwen3-32B", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1},
+            headers={"authorization": "Bearer sk-a", "x-request-id": "asked-for"},
+        ) as answer:
+            assert answer.status == 200
+        # several connections, so both workers are asked
+        for _ in range(6):
+            status, body = await admin(session, service, "decisions/asked-for")
+            assert (status, orjson.loads(body)["request_id"]) == (200, "asked-for")
+        assert (await admin(session, service, "decisions/never-made"))[0] == 404
+
+
+async def test_a_killed_worker_is_replaced_and_its_siblings_streams_go_on(service: Service) -> None:
+    async with clients() as session:
+        before = await metrics(session, service)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(10)]
+            await asyncio.sleep(0.7)
+            counted = await metrics(session, service)
+            old = service.workers()
+            kill(old[0], signal.SIGKILL)
+            # Somebody always accepts: requests that come now are served.
+            served = [tasks.create_task(stream(session, service, 5)) for _ in range(10)]
+        broken = [one for one in running if not whole(one.result(), TOKENS)]
+        shares = {
+            counted[name] - before.get(name, 0.0)
+            for name in (f"tiergate_worker_requests_total{{worker={number}}}" for number in range(WORKERS))
+        }
+        assert len(broken) in shares, "exactly the streams of the killed worker broke"
+        assert 0 < len(broken) < 10
+        assert [one.result()[0] for one in served] == [200] * 10
+        assert all(whole(one.result(), 5) for one in served)
+        await _all_up(service)
+        after = await metrics(session, service)
+    assert old[0] not in service.workers()
+    assert old[1] in service.workers()
+    assert after["tiergate_worker_restarts_total{}"] == before["tiergate_worker_restarts_total{}"] + 1
+    assert after["tiergate_requests_arrived_total{}"] >= counted["tiergate_requests_arrived_total{}"]
+
+
+async def test_a_rolling_restart_loses_nothing(service: Service) -> None:
+    await _all_up(service)
+    old = service.workers()
+    stop = asyncio.Event()
+
+    async def newcomers() -> list[tuple[int, bytes]]:
+        answers = []
+        while not stop.is_set():
+            answers.append(await stream(session, service, 2))
+            await asyncio.sleep(0.01)
+        return answers
+
+    async with clients() as session:
+        before = await metrics(session, service)
+        async with asyncio.TaskGroup() as tasks:
+            arriving = [tasks.create_task(newcomers()) for _ in range(4)]
+            running = [tasks.create_task(stream(session, service, 4 * TOKENS)) for _ in range(8)]
+            await asyncio.sleep(0.7)
+            service.supervisor.signal(signal.SIGUSR2)
+            await until(lambda: not set(service.workers()) & set(old))
+            stop.set()
+        assert all(whole(one.result(), 4 * TOKENS) for one in running)
+        answers = [answer for one in arriving for answer in one.result()]
+        assert len(answers) > 20
+        assert [answer for answer in answers if not whole(answer, 2)] == []
+        await _all_up(service)
+        after = await metrics(session, service)
+    gone = after["tiergate_requests_ended_total{end=finished}"]
+    assert gone - before["tiergate_requests_ended_total{end=finished}"] == len(answers) + 8
+    assert after["tiergate_worker_restarts_total{}"] == before["tiergate_worker_restarts_total{}"]
+
+
+async def test_a_connection_that_is_kept_open_survives_a_rolling_restart(service: Service) -> None:
+    await _all_up(service)
+    old = service.workers()
+    answers: list[int] = []
+    async with clients() as session:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        service.supervisor.signal(signal.SIGUSR2)
+        closing = False
+        while not closing:
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(len(b'{"status":"ok"}'))
+            answers.append(int(head.split()[1]))
+            closing = b"connection: close" in head.lower()
+            await asyncio.sleep(0.05)
+        assert await reader.read() == b""
+        writer.close()
+        await until(lambda: not set(service.workers()) & set(old))
+        await _all_up(service)
+        assert set(answers) == {200}
+        assert await ready(session, service) == 200
+
+
+async def test_sigterm_to_one_worker_replaces_it(service: Service) -> None:
+    await _all_up(service)
+    old = service.workers()
+    async with clients() as session:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(6)]
+            await asyncio.sleep(0.7)
+            kill(old[0], signal.SIGTERM)
+        assert all(whole(one.result(), TOKENS) for one in running)
+        await until(lambda: old[0] not in service.workers())
+        await _all_up(service)
+    assert old[1] in service.workers()
+
+
+async def test_the_embedded_store_is_started_again(service: Service) -> None:
+    await _all_up(service)
+    (watcher,), (server,) = service.watchers(), service.stores()
+    async with clients() as session:
+        kill(server, signal.SIGKILL)
+        # Nobody waits for the store, and nobody is refused for it.
+        assert all(whole(await stream(session, service, 2), 2) for _ in range(5))
+
+        async def shared_again() -> bool:
+            found = await metrics(session, service)
+            modes = [found.get(f"tiergate_store_mode{{mode=shared,worker={number}}}") for number in range(WORKERS)]
+            return service.watchers() not in ([], [watcher]) and modes == [1.0] * WORKERS
+
+        await until_told(shared_again)
+        assert whole(await stream(session, service, 2), 2)
+
+
+# --- services of their own -------------------------------------------------------------------------------------
+
+
+async def test_sigterm_lets_all_streams_end(tmp_path: Path) -> None:
+    with serving(tmp_path / "one", "--workers", "2", "--store", "embedded") as service:
+        (watcher,) = service.watchers()
+        async with clients() as session:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(6)]
+                await asyncio.sleep(0.7)
+                service.supervisor.signal(signal.SIGTERM)
+                await until_told(lambda: _is(ready(session, service), 503))
+                assert (await ask(session, service))[0] == 503
+            assert all(whole(one.result(), TOKENS) for one in running)
+        await until(lambda: service.supervisor.poll() is not None)
+        assert service.supervisor.poll() == 0
+        assert not alive(watcher)
+
+
+async def _is(told: object, wanted: int) -> bool:
+    return bool(await told == wanted)  # type: ignore[misc]
+
+
+async def test_when_the_supervisor_is_killed_the_workers_finish_and_the_address_is_free(tmp_path: Path) -> None:
+    with serving(tmp_path / "one", "--workers", "2", "--store", "embedded") as service:
+        workers, (watcher,) = service.workers(), service.watchers()
+        async with clients() as session:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(stream(session, service, 2 * TOKENS)) for _ in range(6)]
+                await asyncio.sleep(0.7)
+                service.supervisor.signal(signal.SIGKILL)
+                await until_told(lambda: _is(ready(session, service), 0))
+                assert all(alive(pid) for pid in workers), "the workers still have streams"
+            assert all(whole(one.result(), 2 * TOKENS) for one in running)
+        await until(lambda: not any(alive(pid) for pid in (*workers, watcher)))
+
+
+async def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path / "one", "--workers", "2", "--store", "embedded") as service:
+        async with clients() as session:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(stream(session, service, 3_000)) for _ in range(4)]
+                await asyncio.sleep(0.7)
+                service.supervisor.signal(signal.SIGINT)
+                await until_told(lambda: _is(ready(session, service), 503))
+                service.supervisor.signal(signal.SIGINT)
+            assert not any(whole(one.result(), 3_000) for one in running)
+        await until(lambda: service.supervisor.poll() is not None)
+        assert service.supervisor.poll() == 0
