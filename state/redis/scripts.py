@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from redis.exceptions import NoScriptError
 
 from state.contract import StoreUnavailable
 from state.redis.connect import ERRORS, Answer, Connection
+from state.redis.line import Line
 
 Argument: TypeAlias = str | bytes | int
 
@@ -35,23 +35,34 @@ def load_script(name: str, *pieces: str) -> Script:
 
 
 class Runner:
-    """Runs scripts over one connection, each call within a deadline."""
+    """Runs scripts over one line, each call within a deadline."""
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
-        """`timeout_s` is for a whole call, a wait for a free connection and its opening included."""
-        self.connection = connection
+        """`timeout_s` is for a whole call, the opening of the line included."""
         self.timeout_s = timeout_s
+        self._line = Line(connection)
 
-    async def run(self, script: Script, keys: tuple[str, ...], arguments: Iterable[Argument]) -> Answer:
+    async def run(
+        self,
+        script: Script,
+        keys: tuple[str, ...],
+        arguments: Iterable[Argument],
+        timeout_s: float | None = None,
+    ) -> Answer:
         """What the script answers. Raises StoreUnavailable, and then it may have run or not."""
+        limit_s = timeout_s or self.timeout_s
+        words = (len(keys), *keys, *arguments)
         try:
-            async with asyncio.timeout(self.timeout_s):
-                try:
-                    return await self.connection.run("EVALSHA", script.digest, len(keys), *keys, *arguments)
-                except NoScriptError:
-                    return await self.connection.run("EVAL", script.source, len(keys), *keys, *arguments)
+            try:
+                return await self._line.ask(keys[0], limit_s, "EVALSHA", script.digest, *words)
+            except NoScriptError:
+                return await self._line.ask(keys[0], limit_s, "EVAL", script.source, *words)
         except ERRORS as error:
             raise unavailable(script.name, error) from error
+
+    async def close(self) -> None:
+        """Close the line. It opens again when it is used."""
+        await self._line.close()
 
 
 def unavailable(what: str, error: Exception) -> StoreUnavailable:

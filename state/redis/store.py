@@ -10,6 +10,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from scheduling.load import LoadVector, ReserveCandidate
@@ -331,10 +332,9 @@ class RedisStore:
         self._closed = True
         for watch in tuple(self._watches):
             watch.end()
-        try:
+        with suppress(StoreUnavailable):
             await self._bury(self._name, leaves=True)
-        except StoreUnavailable:
-            return
+        await self._runner.close()
 
     # --- upkeep --------------------------------------------------------------------------------------------
 

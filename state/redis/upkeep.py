@@ -67,7 +67,7 @@ class Upkeep:
             tasks.create_task(self._listen())
 
     async def _beat(self) -> None:
-        while True:
+        while _wanted():
             self._urgent.clear()
             try:
                 await self._doing.beat()
@@ -83,7 +83,7 @@ class Upkeep:
                 continue
 
     async def _announce(self) -> None:
-        while True:
+        while _wanted():
             await self._changed.wait()
             await asyncio.sleep(self._announce_s)
             self._changed.clear()
@@ -96,7 +96,7 @@ class Upkeep:
                 await asyncio.sleep(_AGAIN_S)
 
     async def _listen(self) -> None:
-        while True:
+        while _wanted():
             try:
                 await self._listen_once()
             except _TROUBLE:
@@ -110,10 +110,19 @@ class Upkeep:
             # What was lost meanwhile is found by comparing sequences.
             self._urgent.set()
             self.listening.set()
-            while True:
+            while _wanted():
                 message = await subscription.next(_LISTEN_S)
                 if message is not None and not self._doing.hear(message.payload):
                     await self._doing.resync()
         finally:
             self.listening.clear()
             await subscription.close()
+
+
+def _wanted() -> bool:
+    """True; raises CancelledError where a cancellation got lost on the way, as `asyncio.wait_for` of Python 3.11,
+    which redis-py uses, may do."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+    return True

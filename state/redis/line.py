@@ -1,0 +1,185 @@
+"""One connection that everybody shares: commands go out as they come, and answers are matched in their order.
+
+So a command costs neither a connection of its own nor a wait for a free one, and what one replica asks is done in
+the order in which it asked. No task reads: whoever waits for an answer does, and gives each to its owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable
+from contextlib import suppress
+from typing import Protocol, cast
+
+import hiredis
+from redis.asyncio import RedisCluster
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    ReadOnlyError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from state.redis.connect import ERRORS, Answer, Connection, Word
+
+_ELSEWHERE = (AskError, ClusterDownError, MasterDownError, MovedError, ReadOnlyError)
+"""Answers after which another connection is needed: this one leads to the wrong server."""
+
+
+class _Socket(Protocol):
+    """What is needed of redis-py's connections, which are typed in part only."""
+
+    socket_timeout: float | None
+
+    async def connect(self) -> None: ...
+
+    def disconnect(self, nowait: bool = ...) -> Awaitable[None]: ...
+
+    async def send_packed_command(self, command: tuple[bytes, ...], check_health: bool = ...) -> None: ...
+
+    async def read_response(self, *, disconnect_on_error: bool = ...) -> Answer: ...
+
+
+class _Turn:
+    """One command that was sent, and where its answer goes."""
+
+    __slots__ = ("answer", "done", "error", "waking")
+
+    def __init__(self) -> None:
+        self.answer: Answer = None
+        self.error: Exception | None = None
+        self.done = False
+        self.waking: asyncio.Future[None] | None = None
+
+    def settle(self, answer: Answer, error: Exception | None) -> None:
+        self.answer, self.error, self.done = answer, error, True
+        self.wake()
+
+    def wake(self) -> bool:
+        """Whether somebody waits here."""
+        waking, self.waking = self.waking, None
+        if waking is None or waking.done():
+            return False
+        waking.set_result(None)
+        return True
+
+
+class _Link:
+    """One connection's life."""
+
+    __slots__ = ("reading", "socket", "turns")
+
+    def __init__(self, socket: _Socket) -> None:
+        self.socket = socket
+        self.turns: deque[_Turn] = deque()
+        self.reading = False
+
+    async def answer_to(self, turn: _Turn) -> None:
+        """Wait until a turn is settled, reading for all while nobody else does. Raises `ERRORS`."""
+        while not turn.done:
+            if self.reading:
+                turn.waking = asyncio.get_running_loop().create_future()
+                await turn.waking
+                continue
+            self.reading = True
+            try:
+                await self._read_until(turn)
+            finally:
+                self.reading = False
+                for other in self.turns:
+                    if other.wake():
+                        break
+
+    async def _read_until(self, turn: _Turn) -> None:
+        while not turn.done:
+            answer: Answer = None
+            refused: Exception | None = None
+            try:
+                answer = await self.socket.read_response(disconnect_on_error=False)
+            except ResponseError as error:
+                refused = error
+            # Empty when the link was given up meanwhile.
+            if self.turns:
+                self.turns.popleft().settle(answer, refused)
+
+    def give_up(self, error: Exception) -> None:
+        """Whoever waits here waits in vain."""
+        while self.turns:
+            self.turns.popleft().settle(None, error)
+
+
+class Line:
+    """Opens its connection when it is first asked, and again after it broke."""
+
+    def __init__(self, connection: Connection) -> None:
+        """The connection says where to; the line has a socket of its own."""
+        self._connection = connection
+        self._link: _Link | None = None
+        self._opening = asyncio.Lock()
+
+    async def ask(self, key: str, timeout_s: float, *words: Word) -> Answer:
+        """One command; `key` says in a Cluster which node is asked. Raises `ERRORS`; when the time is up, all who
+        wait on this line are told, because behind one silence comes another."""
+        packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # its stub takes one word alone
+        link = self._link
+        try:
+            async with asyncio.timeout(timeout_s):
+                if link is None:
+                    link = await self._open(key)
+                turn = _Turn()
+                link.turns.append(turn)
+                await link.socket.send_packed_command((packed,), check_health=False)
+                await link.answer_to(turn)
+        except ERRORS as error:
+            await self._drop(link, error)
+            raise
+        if turn.error is not None:
+            if isinstance(turn.error, _ELSEWHERE):
+                await self._drop(link, turn.error)
+            raise turn.error
+        return turn.answer
+
+    async def close(self) -> None:
+        """Close the connection. Idempotent; the line opens it again when it is asked."""
+        await self._drop(self._link, RedisConnectionError("the line was closed"))
+
+    async def _open(self, key: str) -> _Link:
+        async with self._opening:
+            if self._link is None:
+                socket = await self._socket(key)
+                try:
+                    await socket.connect()
+                except BaseException:
+                    with suppress(*ERRORS):
+                        await socket.disconnect(nowait=True)
+                    raise
+                # Each call has its own deadline. redis-py's would cost a task a command, and asyncio's `wait_for`
+                # of Python 3.11 can swallow a cancellation.
+                socket.socket_timeout = None
+                self._link = _Link(socket)
+            return self._link
+
+    async def _socket(self, key: str) -> _Socket:
+        client = self._connection.client
+        if isinstance(client, RedisCluster):
+            # The client follows redirections and learns the slots; then it knows the node.
+            _ = await self._connection.run("EXISTS", key)
+            node = client.get_node_from_key(key)
+            if node is None:
+                raise RedisConnectionError(f"no node of the cluster serves {key!r}")
+            return cast("_Socket", node.connection_class(**node.connection_kwargs))
+        pool = client.connection_pool
+        return cast("_Socket", pool.make_connection())  # type: ignore[no-untyped-call]  # as redis-py left it
+
+    async def _drop(self, link: _Link | None, error: Exception) -> None:
+        if link is None:
+            return
+        if self._link is link:
+            self._link = None
+        link.give_up(error)
+        with suppress(*ERRORS):
+            await link.socket.disconnect(nowait=True)
