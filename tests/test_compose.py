@@ -11,8 +11,11 @@ from typing import TypedDict, cast
 import pytest
 import yaml
 
+from gateway.config import StoreKind
 from profiles.catalogue import shipped
+from state.redis.address import parse_url
 from tiergate import cli
+from tiergate.commands.serve import settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,8 +79,18 @@ def test_the_gateway_reaches_every_engine(services: dict[str, Service]) -> None:
         if service["command"][0] == "emulate"
     }
     assert set(_option(services["gateway"]["command"], "--backend")) == engines
-    # it waits for what it uses; its state is in memory, so not for Redis
-    assert {f"http://{name}:8000" for name in services["gateway"]["depends_on"]} == engines
+    waits_for = set(services["gateway"]["depends_on"])
+    assert {f"http://{name}:8000" for name in waits_for - {"redis"}} == engines
+
+
+def test_the_gateway_shares_its_state_on_the_redis_beside_it(services: dict[str, Service]) -> None:
+    args = cli.parse(services["gateway"]["command"])
+    settings = settings_of(args)
+    assert settings.store.kind is StoreKind.REDIS
+    (host,) = parse_url(settings.store.url.get_secret_value()).hosts
+    assert host.name in services["gateway"]["depends_on"]
+    assert [str(host.port)] == services[host.name]["expose"]
+    assert settings.workers > 1
 
 
 def test_everything_has_a_health_check_and_a_pinned_image(services: dict[str, Service]) -> None:
