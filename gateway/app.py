@@ -28,6 +28,7 @@ from gateway.request import RequestParser
 from gateway.requestlog import RequestLog
 from gateway.server import GatewayServer
 from gateway.shared import Begun, PolicyConflict, PolicySource, SharedPolicy, alone, begin
+from gateway.sharing import Sharing
 from gateway.siblings import Siblings
 from gateway.telemetry import Exposition, Telemetry
 from gateway.tokens import TokenCounter
@@ -58,6 +59,7 @@ class Wiring:
     clock: Callable[[], float] = time.monotonic  # the one clock, in seconds; the event loop keeps the same time
     policy: PolicySource = field(default_factory=alone)
     begun: Begun | None = None  # what `gateway.shared.begin` gave, where the root had to ask it first
+    sharing: Sharing | None = None  # of what is learned; None: with nobody
     siblings: Siblings | None = None  # other processes on the same port
     close: Callable[[], Awaitable[None]] = nothing_to_close  # what the parts used together; called last
 
@@ -190,6 +192,8 @@ async def running(settings: Settings, wiring: Wiring, *, listen: bool = True) ->
         own = [tasks.create_task(wiring.store.run(), name="store")]
         own += gateway.shell.start(tasks) + gateway.fleet.start(tasks, gateway.live.now.settings.backends)
         own.append(tasks.create_task(gateway.policy.run(), name="policy"))
+        if wiring.sharing is not None:
+            own.append(tasks.create_task(wiring.sharing.run(), name="sharing"))
         own.append(tasks.create_task(gateway.log.run(), name="request-log"))
         try:
             if listen:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from adapters import registry
 from adapters.contract import Adapter, Capabilities
@@ -15,19 +18,43 @@ from gateway.pace import PrefillSample, StepSample
 from gateway.tokens import TokenCounter
 from profiles import Limits, Profile, ProfileError, load, prior
 from profiles.correct import CorrectedProfile, Corrector
+from profiles.evidence import LengthEvidence, StepEvidence
 from profiles.lengths import LengthBook
 from scheduling.backends import EngineLimits
 from scheduling.lengths import LengthModel
 
 
 class Saved(BaseModel):
-    """The file of what was learned. Corrections and lengths are the learners' own JSON."""
+    """The file of what was learned. Corrections and lengths are the learners' own JSON.
+
+    `source` names who observed it: under this name it is shared, before a restart and after it, so that no
+    observation counts twice.
+    """
 
     model_config = ConfigDict(extra="forbid")
     format: int = 1
+    source: str = Field(default_factory=lambda: secrets.token_hex(8), min_length=1, max_length=64)
     corrections: dict[str, str] = {}
     lengths: str | None = None
     chars_per_token: dict[str, float] = {}
+
+
+class Evidence(BaseModel):
+    """What one source observed, for other replicas; nothing of what it heard from them."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    steps: dict[str, StepEvidence] = {}
+    lengths: LengthEvidence | None = None
+    chars_per_token: dict[str, Annotated[float, Field(gt=0.1, lt=100)]] = {}
+
+    def worth(self, factor: float) -> Evidence:
+        """The same evidence, worth less."""
+        return Evidence(
+            steps={name: steps.worth(factor) for name, steps in self.steps.items()},
+            lengths=None if self.lengths is None else self.lengths.worth(factor),
+            chars_per_token=self.chars_per_token,
+        )
 
 
 class ProfiledSteps:
@@ -78,6 +105,11 @@ class ProfiledSteps:
         self.corrector.restore(text)
         self._timing = self._of(self.corrector.snapshot())
 
+    def hear(self, others: Iterable[StepEvidence]) -> None:
+        """What each other replica has observed of this backend."""
+        self.corrector.hear(others)
+        self._seen += 1
+
     @staticmethod
     def _of(known: CorrectedProfile) -> Timing:
         return Timing(known.step_time, 1.0 + known.p90_error, known.calibrated, known.version, known.p90_error)
@@ -106,22 +138,38 @@ class Lengths:
         """What an earlier run learned. Raises ProfileError."""
         self.book.restore(text)
 
+    def hear(self, others: Iterable[LengthEvidence]) -> None:
+        """What each other replica has observed."""
+        self._dirty |= self.book.hear(others)
+
 
 class Learned:
-    """Makes what backends need, and saves what was learned (`gateway.fleet.Teachers`)."""
+    """Makes what backends need, saves what was learned (`gateway.fleet.Teachers`), and tells it to others."""
 
-    def __init__(self, counter: TokenCounter, path: Path | None) -> None:
-        """Raises OSError, ValidationError or ProfileError for a file that is there and cannot be used."""
+    def __init__(self, counter: TokenCounter, path: Path | None, *, owns_file: bool = True) -> None:
+        """`owns_file`: False where another process of the same store saves the file; it is then left alone, and
+        what is in it is heard from that one. Raises OSError, ValidationError or ProfileError for a file that is
+        there and cannot be used."""
         self._counter = counter
-        self._path = path
+        self._path = path if owns_file else None
         self._lengths = Lengths()
         self._steps: dict[str, ProfiledSteps] = {}
+        self._heard: dict[str, Evidence] = {}
         self._saved = Saved()
-        if path is not None and path.exists():
-            self._saved = Saved.model_validate_json(path.read_bytes())
+        if self._path is not None and self._path.exists():
+            self._saved = Saved.model_validate_json(self._path.read_bytes())
             counter.restore(self._saved.chars_per_token)
             if self._saved.lengths is not None:
                 self._lengths.restore(self._saved.lengths)
+
+    @property
+    def counter(self) -> TokenCounter:
+        return self._counter
+
+    @property
+    def source(self) -> str:
+        """The name under which it tells what it observed."""
+        return self._saved.source
 
     @property
     def lengths(self) -> Lengths:
@@ -162,6 +210,7 @@ class Learned:
         saved = self._saved.corrections.get(settings.name)
         if saved is not None:
             steps.restore(saved)
+        steps.hear(self._heard_of(settings.name))
         self._steps[settings.name] = steps
         return steps
 
@@ -170,11 +219,35 @@ class Learned:
         corrections = dict(self._saved.corrections)
         corrections |= {name: steps.corrector.to_json() for name, steps in self._steps.items()}
         saved = Saved(
+            source=self.source,
             corrections=corrections,
             lengths=self._lengths.book.to_json(),
             chars_per_token=self._counter.learned(),
         )
         return saved.model_dump_json().encode()
+
+    def evidence(self) -> Evidence:
+        """What was observed here."""
+        steps = {name: steps.corrector.evidence() for name, steps in self._steps.items()}
+        lengths = self._lengths.book.evidence()
+        return Evidence(
+            steps={name: evidence for name, evidence in steps.items() if evidence.steps},
+            lengths=lengths if lengths.classes else None,
+            chars_per_token=self._counter.learned(),
+        )
+
+    def hear(self, others: Mapping[str, Evidence]) -> None:
+        """What each other source observed, in place of what was heard before."""
+        if others == self._heard:
+            return
+        self._heard = dict(others)
+        for name, steps in self._steps.items():
+            steps.hear(self._heard_of(name))
+        self._lengths.hear([other.lengths for other in others.values() if other.lengths is not None])
+        self._counter.hear([other.chars_per_token for other in others.values()])
+
+    def _heard_of(self, backend: str) -> list[StepEvidence]:
+        return [other.steps[backend] for other in self._heard.values() if backend in other.steps]
 
     async def save(self) -> None:
         """Write the file, whole or not at all; nothing without a path. Raises OSError."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 from gateway.config import ConfigError, TokenSettings
@@ -61,6 +62,7 @@ class TokenCounter:
         self.asks_engine = settings.engine
         self._tokenizers = tokenizers
         self._ratios: dict[str, _Ratio] = {}
+        self._heard: dict[str, float] = {}
 
     def exact(self, model: str) -> bool:
         """Whether the model's own tokenizer is here."""
@@ -69,7 +71,7 @@ class TokenCounter:
     def estimate(self, model: str, chars: int) -> int:
         """Tokens of `chars` characters by what was learned; at least 1 for a text that is not empty."""
         ratio = self._ratios.get(model)
-        per_token = self._prior if ratio is None else ratio.chars / ratio.tokens
+        per_token = self._start(model) if ratio is None else ratio.chars / ratio.tokens
         return max(1, round(chars / per_token)) if chars else 0
 
     async def count(self, model: str, text: str) -> int:
@@ -85,12 +87,24 @@ class TokenCounter:
             return
         ratio = self._ratios.get(model)
         if ratio is None:
-            ratio = self._ratios[model] = _Ratio(self._prior)
+            ratio = self._ratios[model] = _Ratio(self._start(model))
         ratio.learn(chars, tokens)
 
     def learned(self) -> dict[str, float]:
         """Characters per token by model, to be saved."""
         return {model: ratio.chars / ratio.tokens for model, ratio in self._ratios.items()}
+
+    def hear(self, others: Iterable[Mapping[str, float]]) -> None:
+        """What other replicas learned, each by model: their median is the start of a model that is not known
+        here."""
+        by_model: dict[str, list[float]] = {}
+        for ratios in others:
+            for model, chars_per_token in ratios.items():
+                by_model.setdefault(model, []).append(chars_per_token)
+        self._heard = {model: median(ratios) for model, ratios in by_model.items()}
+
+    def _start(self, model: str) -> float:
+        return self._heard.get(model, self._prior)
 
     def restore(self, learned: Mapping[str, float]) -> None:
         """What an earlier run learned."""

@@ -17,6 +17,7 @@ from gateway.app import Wiring, nothing_to_close
 from gateway.config import ConfigError, Settings, StoreKind, StoreSettings, tier_set
 from gateway.learning import Learned
 from gateway.shared import PolicySource, begin
+from gateway.sharing import Sharing
 from gateway.telemetry import log_mode
 from gateway.tokens import FileTokenizer, TokenCounter
 from gateway.words import unknown
@@ -43,16 +44,20 @@ class Incarnation:
     Attributes:
         replica: its name in the store, which no other process has or will have.
         adopt_file: its file goes into the store at the start, whatever the store has.
+        saves: it saves what was learned; of several workers one does.
     """
 
     replica: str
     adopt_file: bool = False
+    saves: bool = True
 
     @classmethod
     def of(cls, worker: int | None = None, *, adopt_file: bool = False) -> Incarnation:
         """This process: readable, and random at its end. `worker` is which of several it is."""
         which = "" if worker is None else f"-w{worker}"
-        return cls(f"{socket.gethostname()}-{os.getpid()}{which}-{secrets.token_hex(4)}", adopt_file)
+        return cls(
+            f"{socket.gethostname()}-{os.getpid()}{which}-{secrets.token_hex(4)}", adopt_file, worker in {None, 0}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ def wire(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Wir
     ConfigError."""
     dispatcher = make_dispatcher(settings)
     check_profiles(settings)
-    return _parts(settings, dispatcher, MemoryStore(MemoryState(clock)), clock)
+    return _parts(settings, dispatcher, MemoryStore(MemoryState(clock)), _learned(settings), clock)
 
 
 async def assemble(settings: Settings, which: Incarnation, clock: Callable[[], float] = time.monotonic) -> Wiring:
@@ -80,8 +85,11 @@ async def assemble(settings: Settings, which: Incarnation, clock: Callable[[], f
     begun = await begin(settings, source)
     dispatcher = make_dispatcher(begun.settings)
     check_profiles(begun.settings)
-    made = _parts(begun.settings, dispatcher, shared.store(dispatcher), clock)
-    return replace(made, policy=source, begun=begun, close=shared.close)
+    learned = _learned(begun.settings, saves=which.saves)
+    made = _parts(begun.settings, dispatcher, shared.store(dispatcher), learned, clock)
+    alone = settings.store.kind is StoreKind.MEMORY
+    sharing = None if alone else Sharing(shared.documents, learned)
+    return replace(made, policy=source, begun=begun, sharing=sharing, close=shared.close)
 
 
 def checked(settings: Settings) -> None:
@@ -100,15 +108,21 @@ def check_served(settings: Settings) -> None:
     check_profiles(settings)
 
 
-def _parts(settings: Settings, dispatcher: Dispatcher, store: Store, clock: Callable[[], float]) -> Wiring:
+def _learned(settings: Settings, *, saves: bool = True) -> Learned:
+    """Raises ConfigError."""
     counter = TokenCounter(
         settings.tokens, {model: FileTokenizer(path) for model, path in settings.tokens.tokenizers.items()}
     )
     try:
-        learned = Learned(counter, settings.learned_state)
+        return Learned(counter, settings.learned_state, owns_file=saves)
     except (OSError, ValidationError, ProfileError) as error:
         raise ConfigError(f"learned_state: {settings.learned_state}: {error}") from None
-    return Wiring(dispatcher, store, learned, counter, version("tiergate"), clock=clock)
+
+
+def _parts(
+    settings: Settings, dispatcher: Dispatcher, store: Store, learned: Learned, clock: Callable[[], float]
+) -> Wiring:
+    return Wiring(dispatcher, store, learned, learned.counter, version("tiergate"), clock=clock)
 
 
 def connect_state(settings: StoreSettings, replica: str, clock: Callable[[], float]) -> SharedState:
@@ -173,9 +187,9 @@ def make_dispatcher(settings: Settings) -> Dispatcher:
 
 def check_profiles(settings: Settings) -> None:
     """Load every named profile once, so a wrong name is told before anything listens. Raises ConfigError."""
-    for backend in settings.backends:
-        if backend.profile is not None:
-            try:
-                load(backend.profile)
-            except ProfileError as error:
-                raise ConfigError(f"backend {backend.name}: profile: {error}") from None
+    named = {backend.profile: backend.name for backend in settings.backends if backend.profile is not None}
+    for profile, backend in named.items():
+        try:
+            load(profile)
+        except ProfileError as error:
+            raise ConfigError(f"backend {backend}: profile: {error}") from None

@@ -1,0 +1,85 @@
+"""Tells the other replicas what was observed here, and hears what they observed, at a slow cadence.
+
+Each source writes its own observations alone and reads everybody's, so nothing is counted twice, and a replica
+that starts knows at once what the others know. What a source that is gone observed fades.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from pydantic import ValidationError
+
+from gateway.learning import Evidence
+from state.contract import StoreUnavailable
+from state.documents import Contribution, Documents
+
+log = logging.getLogger("tiergate.policy")
+
+SHARE_EVERY_S = 30.0
+FRESH_S = 4 * SHARE_EVERY_S
+"""Evidence that is younger counts in full."""
+HALF_LIFE_S = 3_600.0
+"""Evidence that is older than that counts half after each such time."""
+_AGAIN_S = 1.0
+_NOTHING = "{}"
+
+
+class Sharer(Protocol):
+    """What is shared (`gateway.learning.Learned`)."""
+
+    @property
+    def source(self) -> str: ...
+
+    def evidence(self) -> Evidence: ...
+
+    def hear(self, others: dict[str, Evidence]) -> None: ...
+
+
+class Sharing:
+    """One replica's side of what the fleet has learned."""
+
+    def __init__(self, documents: Documents, learned: Sharer, every_s: float = SHARE_EVERY_S) -> None:
+        self._documents = documents
+        self._learned = learned
+        self._every_s = every_s
+        self._told = _NOTHING
+        self._unreadable: set[str] = set()
+
+    async def run(self) -> None:
+        """Share until cancelled: at once, then slowly. A store that does not answer is asked again soon."""
+        while True:
+            try:
+                await self.once()
+            except StoreUnavailable as error:
+                log.debug("what was learned is not shared: %s", error)
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                await asyncio.sleep(self._every_s)
+
+    async def once(self) -> None:
+        """Hear the others, and tell what is new here. Raises StoreUnavailable."""
+        found = await self._documents.contributions()
+        own = self._learned.source
+        others = {source: self._read(source, given) for source, given in found.items() if source != own}
+        self._learned.hear({source: evidence for source, evidence in others.items() if evidence is not None})
+        body = self._learned.evidence().model_dump_json(exclude_defaults=True)
+        # A store that forgot is told again; one that knows is left alone, so that its age is that of the evidence.
+        if body != self._told or (own not in found and body != _NOTHING):
+            await self._documents.contribute(own, body)
+            self._told = body
+
+    def _read(self, source: str, given: Contribution) -> Evidence | None:
+        """Evidence by its age; None for what another version wrote in another form."""
+        try:
+            evidence = Evidence.model_validate_json(given.body)
+        except ValidationError as error:
+            if source not in self._unreadable:
+                self._unreadable.add(source)
+                log.warning("what %s learned cannot be read here: %s", source, error.errors()[0]["msg"])
+            return None
+        if given.age_s <= FRESH_S:
+            return evidence
+        return evidence.worth(0.5 ** ((given.age_s - FRESH_S) / HALF_LIFE_S))
