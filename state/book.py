@@ -6,7 +6,6 @@ all shares together come to.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -174,9 +173,9 @@ class Book:
         """Standing leases that the store does not have."""
         return [(lease_id, lease) for lease_id, lease in self.leases.items() if not lease.told]
 
-    def lost(self, loads: Mapping[str, BackendLoad], before_s: float = math.inf) -> list[tuple[str, Lease]]:
-        """Leases that the store was told before then, on backends where it counts fewer of our sequences."""
-        told = [each for each in self.leases.items() if each[1].told and each[1].granted_s < before_s]
+    def short(self, loads: Mapping[str, BackendLoad]) -> list[tuple[str, Lease]]:
+        """Leases that the store was told, on backends where it counts fewer of our sequences."""
+        told = [each for each in self.leases.items() if each[1].told]
         sequences: dict[str, int] = {}
         for _, lease in told:
             sequences[lease.backend] = sequences.get(lease.backend, 0) + lease.cost.decodes
@@ -186,6 +185,18 @@ class Book:
             if backend in self.sites and (backend not in loads or loads[backend].own.decodes < count)
         }
         return [(lease_id, lease) for lease_id, lease in told if lease.backend in short]
+
+    def lost(self, loads: Mapping[str, BackendLoad], before_s: float) -> frozenset[str]:
+        """Backends where the store counts nothing of ours, though it was told of leases before then that stand."""
+        return frozenset(
+            lease.backend
+            for lease in self.leases.values()
+            if lease.told
+            and lease.granted_s < before_s
+            and lease.cost.decodes
+            and lease.backend in self.sites
+            and (lease.backend not in loads or loads[lease.backend].own.idle)
+        )
 
     # --- what is heard -----------------------------------------------------------------------------------------
 
@@ -271,34 +282,37 @@ class Book:
             return LoadVector()
         if site.membership.epoch != candidate.epoch or site.tightest_ms() < candidate.tightest_resident_ms:
             return site.load(now_s).foreign
-        own, cost, limits = site.own.vector(0.0), candidate.cost, candidate.limits
-        known = site.cut or _Known(Limits(0, 0, 0), Limits(0, 0, 0))
-        decodes = allowance(limits.decodes, known.own.decodes, known.foreign.decodes, share)
-        kv_tokens = allowance(limits.peak_kv_tokens, known.own.peak_kv_tokens, known.foreign.peak_kv_tokens, share)
-        prefill = allowance(
-            limits.queued_prefill_tokens,
-            known.own.queued_prefill_tokens,
-            known.foreign.queued_prefill_tokens,
-            share,
-        )
-        guard = self._guard(candidate.backend, site, share, now_s)
-        if guard is not None:
-            decodes = min(decodes, own.decodes + guard)
-        if (
-            own.decodes + cost.decodes <= decodes
-            and own.peak_kv_tokens + cost.peak_kv_tokens <= kv_tokens
-            # Prefill passes within seconds, and a part of its room may be less than any prompt: one at a time may.
-            and (own.queued_prefill_tokens == 0 or own.queued_prefill_tokens + cost.prefill_tokens <= prefill)
-        ) or self._alone_on(site, share, now_s):
+        own = _box(site.own.vector(0.0))
+        allowed = self._allowed(candidate, site, own, share, now_s)
+        if _fits(candidate.cost, own, allowed) or self._may_begin(site, share, now_s):
             return None
-        foreign = site.load(now_s).foreign
+        foreign, limits = site.load(now_s).foreign, candidate.limits
         return replace(
             foreign,
-            decodes=max(foreign.decodes, limits.decodes - decodes),
-            peak_kv_tokens=max(foreign.peak_kv_tokens, limits.peak_kv_tokens - kv_tokens),
-            queued_prefill_tokens=max(foreign.queued_prefill_tokens, limits.queued_prefill_tokens - prefill)
-            if own.queued_prefill_tokens
-            else foreign.queued_prefill_tokens,
+            decodes=max(foreign.decodes, limits.decodes - allowed.decodes),
+            peak_kv_tokens=max(foreign.peak_kv_tokens, limits.peak_kv_tokens - allowed.peak_kv_tokens),
+            queued_prefill_tokens=max(
+                foreign.queued_prefill_tokens,
+                limits.queued_prefill_tokens - allowed.queued_prefill_tokens if own.queued_prefill_tokens else 0,
+            ),
+        )
+
+    def _allowed(self, candidate: ReserveCandidate, site: Site, own: Limits, share: Share, now_s: float) -> Limits:
+        """What this replica may carry there by this candidate's limits."""
+        limits = candidate.limits
+        nothing = Limits(0, 0, 0)
+        own_then, foreign_then = (nothing, nothing) if site.cut is None else (site.cut.own, site.cut.foreign)
+        decodes = allowance(limits.decodes, own_then.decodes, foreign_then.decodes, share)
+        more = self._guard(candidate.backend, site, share, now_s)
+        return Limits(
+            decodes if more is None else min(decodes, own.decodes + more),
+            allowance(limits.peak_kv_tokens, own_then.peak_kv_tokens, foreign_then.peak_kv_tokens, share),
+            allowance(
+                limits.queued_prefill_tokens,
+                own_then.queued_prefill_tokens,
+                foreign_then.queued_prefill_tokens,
+                share,
+            ),
         )
 
     def _guard(self, backend: str, site: Site, share: Share, now_s: float) -> int | None:
@@ -309,12 +323,18 @@ class Book:
         room = max(cap - site.engine_sequences, 0) // share.replicas
         return room - site.recent_sequences(now_s - share.recent_s)
 
-    def _alone_on(self, site: Site, share: Share, now_s: float) -> bool:
-        """Whether this replica may take one request whatever its share, which may be less than a request: the
-        engine itself says that it is idle."""
-        return (
-            not share.known
-            and not site.leases
-            and site.engine_sequences == 0
-            and now_s - site.engine_s <= share.fresh_s
-        )
+    def _may_begin(self, site: Site, share: Share, now_s: float) -> bool:
+        """Whether this replica may take one request though its share is less than that: it carries none there, the
+        last knowledge is old, and the engine itself says that it is idle."""
+        fresh = now_s - site.engine_s <= share.fresh_s
+        return not share.known and not site.leases and site.engine_sequences == 0 and fresh
+
+
+def _fits(cost: Cost, own: Limits, allowed: Limits) -> bool:
+    prefill = own.queued_prefill_tokens
+    return (
+        own.decodes + cost.decodes <= allowed.decodes
+        and own.peak_kv_tokens + cost.peak_kv_tokens <= allowed.peak_kv_tokens
+        # Prefill passes within seconds, and a part of its room may be less than any prompt: one at a time may.
+        and (not prefill or prefill + cost.prefill_tokens <= allowed.queued_prefill_tokens)
+    )

@@ -86,7 +86,7 @@ class Mending:
         await self.settle_owed()
         await self._side_by_side(self._tell, book.untold())
         # A store that lost its last writes has forgotten leases that it had granted.
-        await self._side_by_side(self._tell, book.lost(await self.look_over()))
+        await self._side_by_side(self._tell, book.short(await self.look_over()))
         await self._publish_own()
 
     async def _settle(self, store_id: str, nothing: None) -> None:

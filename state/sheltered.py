@@ -63,6 +63,7 @@ class Sheltered:
         self._mending = Mending(inner, self._book, clock, options.deadline_s)
         self._pulse_s = clock()  # when the store was last looked over
         self._watches: set[Watch] = set()
+        self._lost: frozenset[str] = frozenset()  # backends where it had lost our load at the last look
         self._mended = False
         self._closed = False
 
@@ -382,7 +383,9 @@ class Sheltered:
         elif now_s - self._pulse_s >= self._options.pulse_s:
             self._pulse_s = now_s
             loads = await self._mending.pulse()
-            if (self._mending.wanted and not loads) or self._book.lost(loads, now_s - self._options.pulse_s):
+            # What was just published or released may make a reading too small, but hardly two of them.
+            lost, self._lost = self._lost, self._book.lost(loads, now_s - self._options.pulse_s)
+            if (self._mending.wanted and not loads) or self._lost & lost:
                 self._cut("it has lost what it knew")
 
     def _cut(self, why: str) -> None:

@@ -39,6 +39,8 @@ class Fault(Enum):
     """It is done, and the answer is lost."""
     READ_ONLY = "read only"
     """Writes are refused; nothing is done."""
+    LATE = "late"
+    """It is done at once, and the answer comes when `FaultyStore.answer` is set."""
 
 
 class FaultyStore:
@@ -47,6 +49,7 @@ class FaultyStore:
     def __init__(self, state: MemoryState, name: str) -> None:
         self.fault = Fault.NONE
         self.calls = 0
+        self.answer = asyncio.Event()
         self.shown_mode = Mode.SHARED
         self._name = name
         self._store: MemoryStore = state.replica(name)
@@ -72,6 +75,10 @@ class FaultyStore:
                 raise StoreUnavailable("the answer is lost")
             case Fault.READ_ONLY if writes:
                 raise StoreUnavailable("read only")
+            case Fault.LATE:
+                answer = await call()
+                await self.answer.wait()
+                return answer
         return await call()
 
     async def add_backend(self, backend: str, tier: str | None) -> Membership:

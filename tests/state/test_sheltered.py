@@ -80,7 +80,7 @@ class Fleet:
     async def heal(self) -> None:
         """Everybody looks until it is over; as time goes on."""
         self.fail(Fault.NONE)
-        for _ in range(10):
+        for _ in range(25):
             await self.look(0.2)
 
     def candidate(self, cost: Cost = ONE, limits: Limits = BOX, epoch: int | None = None) -> ReserveCandidate:
@@ -299,6 +299,33 @@ async def test_while_healing_the_share_and_the_store_both_hold(fleet: Fleet) -> 
     assert not await fleet.reserve(0, "refused", limits=Limits(3, 10**6, 10**6))
     assert await fleet.reserve(0, "within both")
     assert (await fleet.inner[0].inner.view())["x"].own.decodes == 4
+
+
+async def test_a_second_silence_while_healing_gives_no_second_share(fleet: Fleet) -> None:
+    fleet.fail(Fault.GONE)
+    assert [await fleet.fill(i, "n") for i in range(3)] == [4, 4, 4]
+    fleet.fail(Fault.NONE, [0])
+    await fleet.look()
+    await fleet.stores[0].view()  # the others could not tell what they carry
+    assert fleet.mode(0) is Mode.HEALING
+    fleet.fail(Fault.GONE)
+    await fleet.stores[0].release("never")
+    assert fleet.modes[0] == [Mode.ALONE, Mode.HEALING, Mode.ALONE]
+    assert await fleet.fill(0, "more") == 0
+
+
+async def test_what_the_store_granted_before_it_fell_silent_was_free_then(fleet: Fleet) -> None:
+    store, inner = fleet.stores[0], fleet.inner[0]
+    inner.fault = Fault.LATE
+    async with asyncio.TaskGroup() as tasks:
+        asking = [tasks.create_task(store.reserve(f"late{index}", (fleet.candidate(),))) for index in range(3)]
+        await asyncio.sleep(0)
+        inner.fault = Fault.GONE
+        assert await fleet.reserve(0, "alone")
+        inner.answer.set()
+    assert all(isinstance(one.result(), Granted) for one in asking)
+    # 3 were the store's, of the 9 that were left then 3 are its own
+    assert await fleet.fill(0, "more") == 2
 
 
 async def test_healing_lasts_until_all_are_back(fleet: Fleet) -> None:
