@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gateway.api import Api, Gate
 from gateway.body import BodyBound, read_body
+from gateway.carried import CarriedView
 from gateway.client import bearer, whole
 from gateway.config import ConfigError, TierSettings, make_tiers
 from gateway.errors import ApiError
@@ -65,6 +66,7 @@ class Watched:
     decisions: Decisions
     policy: SharedPolicy
     clock: Callable[[], float]
+    carried: CarriedView
     siblings: Siblings | None = None
 
 
@@ -125,6 +127,8 @@ class Admin:
             raise Problem(405, "Method Not Allowed", f"{quoted(http.path)} takes GET")
         if what == "state":
             return whole(200, _JSON, orjson.dumps(self._watched.view.state(self._watched.clock())))
+        if what == "carried":
+            return whole(200, _JSON, await self._carried())
         if what.startswith("decisions/"):
             name = what.removeprefix("decisions/")
             found = self._watched.decisions.get(name)
@@ -133,6 +137,12 @@ class Admin:
             if found is not None:
                 return whole(200, _JSON, found)
         raise Problem(404, "Not Found", f"there is nothing at {quoted(http.path)}")
+
+    async def _carried(self) -> bytes:
+        """What each process behind this port carries."""
+        own, siblings = orjson.dumps(self._watched.carried.state()), self._watched.siblings
+        told = [own] if siblings is None else await siblings.carried(own)
+        return b'{"replicas":[' + b",".join(told) + b"]}"
 
     def _tiers(self) -> web.Response:
         body = _tiers_json(self._watched.policy.policy)

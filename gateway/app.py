@@ -8,7 +8,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -16,6 +16,7 @@ from aiohttp import web
 from gateway.acceptor import Acceptor, Turns
 from gateway.admin import Admin, Watched
 from gateway.api import Api, Gate
+from gateway.carried import CarriedView, Place
 from gateway.config import ConfigError, Settings
 from gateway.dispatch import Shell, Timing
 from gateway.fleet import GatewayFleet, Teachers
@@ -42,6 +43,10 @@ _LINGER_S = 2.0  # how long idle connections stay open at a retirement
 _CUT_S = 0.05  # how long open streams may still go on when the socket is shut; to aiohttp 0 means for ever
 
 
+KeepAddress = Callable[[Callable[[], int]], Coroutine[object, object, None]]
+"""Tells the other replicas the port this one listens on (0 while it does not), until it is cancelled."""
+
+
 async def nothing_to_close() -> None:
     """For a gateway that holds nothing beyond its parts."""
 
@@ -61,6 +66,8 @@ class Wiring:
     begun: Begun | None = None  # what `gateway.shared.begin` gave, where the root had to ask it first
     sharing: Sharing | None = None  # of what is learned; None: with nobody
     siblings: Siblings | None = None  # other processes on the same port
+    place: Place = field(default_factory=Place)
+    keep_address: KeepAddress | None = None
     close: Callable[[], Awaitable[None]] = nothing_to_close  # what the parts used together; called last
 
 
@@ -103,6 +110,7 @@ class Gateway:
         self.api = Api(parts, self.fleet, Generator(parts, secrets.token_hex(6)), self.gate)
         self.view = FleetView(wiring.dispatcher, self.fleet, self.shell, self.telemetry, wiring.version)
         self.exposition = Exposition(self.telemetry, self.shell, self.view, wiring.version)
+        self.carried = CarriedView(wiring.dispatcher, self.fleet, self.shell, wiring.store, wiring.place)
         watched = Watched(
             self.live,
             self.view,
@@ -112,6 +120,7 @@ class Gateway:
             decisions,
             self.policy,
             clock,
+            self.carried,
             wiring.siblings,
         )
         Admin(watched).attach(self.api)
@@ -132,6 +141,7 @@ class Gateway:
         await self._runner.setup()
         acceptor = Acceptor(self._server, listeners, turns, tasks)
         acceptor.start()
+        self.port = int(listeners[0].getsockname()[1])
         return acceptor
 
     async def reload(self, settings: Settings) -> None:
@@ -195,6 +205,8 @@ async def running(settings: Settings, wiring: Wiring, *, listen: bool = True) ->
         if wiring.sharing is not None:
             own.append(tasks.create_task(wiring.sharing.run(), name="sharing"))
         own.append(tasks.create_task(gateway.log.run(), name="request-log"))
+        if wiring.keep_address is not None:
+            own.append(tasks.create_task(wiring.keep_address(lambda: gateway.port), name="address"))
         try:
             if listen:
                 await gateway.open(settings.host, settings.port)

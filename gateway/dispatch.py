@@ -398,6 +398,11 @@ class Shell:
                 found.setdefault((request.model, request.tier), []).append(tokens)
         return found
 
+    def passing_leases(self) -> list[str]:
+        """Leases that are being asked for, and those whose end the store was not told yet."""
+        asked = [ticket.reserving.lease_id for ticket in self._tickets.values() if ticket.reserving is not None]
+        return asked + [lease_id for lease_id, _ in self._releases]
+
     def tickets(self) -> list[Ticket]:
         """Every request that has not ended."""
         return list(self._tickets.values())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from random import Random
 
 from pydantic import ValidationError
 
 from gateway.app import Wiring, nothing_to_close
+from gateway.carried import Place
 from gateway.config import ConfigError, Settings, StoreKind, StoreSettings, tier_set
 from gateway.learning import Learned
 from gateway.shared import PolicySource, begin
@@ -31,6 +34,7 @@ from state.memory import MemoryState, MemoryStore
 from state.outage import Shelter
 from state.redis.address import Address, BadStoreUrl, parse_url
 from state.redis.connect import ConnectOptions, connect
+from state.redis.directory import Directory
 from state.redis.documents import RedisDocuments
 from state.redis.store import RedisStore, StoreOptions
 from state.sheltered import Sheltered
@@ -67,6 +71,7 @@ class SharedState:
     store: Callable[[Dispatcher], Store]
     documents: Documents
     close: Callable[[], Awaitable[None]]
+    directory: Directory | None = None
 
 
 def wire(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Wiring:
@@ -89,7 +94,27 @@ async def assemble(settings: Settings, which: Incarnation, clock: Callable[[], f
     made = _parts(begun.settings, dispatcher, shared.store(dispatcher), learned, clock)
     alone = settings.store.kind is StoreKind.MEMORY
     sharing = None if alone else Sharing(shared.documents, learned)
-    return replace(made, policy=source, begun=begun, sharing=sharing, close=shared.close)
+    made = replace(made, policy=source, begun=begun, sharing=sharing, close=shared.close)
+    if shared.directory is None:
+        return made
+    place = Place(which.replica, settings.store.fleet, settings.store.lease_s)
+    host = await asyncio.to_thread(reachable_host, settings.host)
+    return replace(made, place=place, keep_address=partial(_keep_address, shared.directory, host))
+
+
+async def _keep_address(directory: Directory, host: str, port: Callable[[], int]) -> None:
+    await directory.keep(lambda: f"http://{host}:{port()}" if port() else None)
+
+
+def reachable_host(host: str) -> str:
+    """The name under which a socket that is bound to `host` is reached from other machines, as far as this one
+    knows: where it listens on every address, the one that its own name has. May ask a name server."""
+    if host not in {"", "0.0.0.0", "::"}:  # noqa: S104 -- compared with, not bound to
+        return f"[{host}]" if ":" in host else host
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return socket.gethostname()
 
 
 def checked(settings: Settings) -> None:
@@ -147,7 +172,8 @@ def connect_state(settings: StoreSettings, replica: str, clock: Callable[[], flo
         shelter = Shelter(deadline_s=timeout_s, lease_s=settings.lease_s)
         return Sheltered(inner, clock, shelter, caps=most_sequences, on_mode=log_mode)
 
-    return SharedState(store, RedisDocuments(connection, settings.fleet), connection.close)
+    directory = Directory(connection, settings.fleet, replica, settings.lease_s)
+    return SharedState(store, RedisDocuments(connection, settings.fleet), connection.close, directory)
 
 
 def _address(settings: StoreSettings, *, look: bool = False) -> Address:

@@ -33,6 +33,7 @@ class Topic(Enum):
 
     METRICS = "metrics"  # to the supervisor: of all workers, `text` being the asker's own; to a worker: its own
     DECISION = "decision"  # `text` is the request's id
+    CARRIED = "carried"  # to the supervisor: of all other workers, as a JSON list; to a worker: its own
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,10 @@ class Child:
             self.last_text = told
         return told is not None
 
+    async def carried(self) -> str | None:
+        """What it carries, as JSON."""
+        return await self._channel.ask(Topic.CARRIED, within_s=_SIBLING_S)
+
     async def decision(self, request_id: str) -> str | None:
         """A decision that it made."""
         return await self._channel.ask(Topic.DECISION, request_id, within_s=_SIBLING_S)

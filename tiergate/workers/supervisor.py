@@ -330,6 +330,8 @@ class Supervisor:
                 self._start(self._leave(child.number))
         elif message.topic is Topic.METRICS:
             self._tasks.create_task(self._tell_metrics(child, message), name="metrics")
+        elif message.topic is Topic.CARRIED:
+            self._tasks.create_task(self._tell_carried(child, message), name="carried")
         elif message.topic is Topic.DECISION:
             self._tasks.create_task(self._tell_decision(child, message), name="decision")
 
@@ -351,6 +353,11 @@ class Supervisor:
         ]
         told += [Told(str(number), None, False, False, 0) for number in range(self._settings.workers)]
         asker.answer(question, self._scrape.text(told).decode())
+
+    async def _tell_carried(self, asker: Child, question: Message) -> None:
+        others = [child for child in self._children if child is not asker and child.ready]
+        answers = await asyncio.gather(*(child.carried() for child in others))
+        asker.answer(question, "[" + ",".join(found for found in answers if found is not None) + "]")
 
     async def _tell_decision(self, asker: Child, question: Message) -> None:
         others = [child for child in self._children if child is not asker and child.ready]

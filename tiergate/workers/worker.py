@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import orjson
 import uvloop
 
 from gateway.acceptor import Acceptor
@@ -60,6 +61,10 @@ class Line:
         told = await self._channel.ask(Topic.METRICS, own.decode(), within_s=_ASK_S)
         return own if told is None else told.encode()
 
+    async def carried(self, own: bytes) -> list[bytes]:
+        told = await self._channel.ask(Topic.CARRIED, within_s=_ASK_S)
+        return [own] if told is None else [own, *(orjson.dumps(one) for one in orjson.loads(told))]
+
     async def decision(self, request_id: str) -> bytes | None:
         told = await self._channel.ask(Topic.DECISION, request_id, within_s=_ASK_S)
         return None if told is None else told.encode()
@@ -91,6 +96,8 @@ class Line:
             return None
         if question.topic is Topic.METRICS:
             return self.gateway.exposition.text().decode()
+        if question.topic is Topic.CARRIED:
+            return orjson.dumps(self.gateway.carried.state()).decode()
         found = self.gateway.decisions.get(question.text or "")
         return None if found is None else found.decode()
 
