@@ -161,6 +161,8 @@ class Connection:
         self.options = options
         self.client = client
         self._sentinel = sentinel
+        self._opening: set[asyncio.Task[AbstractConnection]] = set()
+        self._sockets: set[AbstractConnection] = set()
 
     def __repr__(self) -> str:
         return f"Connection({self.address})"
@@ -175,6 +177,45 @@ class Connection:
         with _cancellable():
             answer: Answer = await self.client.execute_command(*words)
         return answer
+
+    def open_socket(self, key: str) -> asyncio.Task[AbstractConnection]:
+        """Begin to open a connection outside the pool; in a Cluster to the node that holds `key`.
+
+        The task may raise `ERRORS`. Wait for it through `asyncio.shield`, so that whoever gives up does not break
+        it off for the next. Both the task and what it opened end with this `Connection`, or by `close_socket`.
+        """
+        task = asyncio.get_running_loop().create_task(self._open_socket(key))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+        task.add_done_callback(_read_outcome)
+        return task
+
+    async def _open_socket(self, key: str) -> AbstractConnection:
+        if isinstance(self.client, RedisCluster):
+            # The client follows redirections and learns the slots; then it knows the node.
+            await self.run("EXISTS", key)
+            node = self.client.get_node_from_key(key)
+            if node is None:
+                raise RedisConnectionError(f"no node of the Cluster serves {key!r}")
+            made: AbstractConnection = node.connection_class(**node.connection_kwargs)
+        else:
+            pool = self.client.connection_pool
+            made = pool.make_connection()  # type: ignore[no-untyped-call]  # as redis-py left it
+        self._sockets = {socket for socket in self._sockets if socket.is_connected} | {made}
+        try:
+            await made.connect()  # type: ignore[no-untyped-call]  # as redis-py left it
+        except BaseException:
+            with contextlib.suppress(*ERRORS):
+                await made.disconnect(nowait=True)
+            raise
+        return made
+
+    async def close_socket(self, opening: asyncio.Task[AbstractConnection]) -> None:
+        """Undo `open_socket`, however far it came."""
+        await _end(opening)
+        if not opening.cancelled() and opening.exception() is None:
+            with contextlib.suppress(*ERRORS):
+                await opening.result().disconnect(nowait=True)
 
     def pubsub(self) -> PubSub:
         """redis-py's own subscription; in a Cluster only after a first command. `subscribe` is the typed one."""
@@ -194,6 +235,10 @@ class Connection:
 
     async def close(self) -> None:
         """Close all connections. Idempotent; raises nothing that matters."""
+        await _end(*self._opening)
+        for made in tuple(self._sockets):
+            with contextlib.suppress(*ERRORS):
+                await made.disconnect(nowait=True)
         opener = self.client if isinstance(self.client, RedisCluster) else self.client.connection_pool
         with contextlib.suppress(*ERRORS):
             if isinstance(opener, _Cluster | _Pool):
@@ -293,13 +338,13 @@ class _Pool(BlockingConnectionPool):
         await _end(*self._opening.values())
 
 
-def _read_outcome(task: asyncio.Task[None]) -> None:
+def _read_outcome(task: asyncio.Task[Any]) -> None:
     """Callers that gave up do not ask how it ended, and asyncio complains about errors nobody asked for."""
     if not task.cancelled():
         task.exception()
 
 
-async def _end(*tasks: asyncio.Task[None]) -> None:
+async def _end(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

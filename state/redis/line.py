@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Protocol, cast
 
 import hiredis
-from redis.asyncio import RedisCluster
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
     AskError,
     ClusterDownError,
@@ -32,10 +32,6 @@ _ELSEWHERE = (AskError, ClusterDownError, MasterDownError, MovedError, ReadOnlyE
 
 class _Socket(Protocol):
     """What is needed of redis-py's connections, which are typed in part only."""
-
-    socket_timeout: float | None
-
-    async def connect(self) -> None: ...
 
     def disconnect(self, nowait: bool = ...) -> Awaitable[None]: ...
 
@@ -119,7 +115,7 @@ class Line:
         """The connection says where to; the line has a socket of its own."""
         self._connection = connection
         self._link: _Link | None = None
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[AbstractConnection] | None = None
 
     async def ask(self, key: str, timeout_s: float, *words: Word) -> Answer:
         """One command; `key` says in a Cluster which node is asked. Raises `ERRORS`; when the time is up, all who
@@ -145,35 +141,29 @@ class Line:
 
     async def close(self) -> None:
         """Close the connection. Idempotent; the line opens it again when it is asked."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            await self._connection.close_socket(opening)
         await self._drop(self._link, RedisConnectionError("the line was closed"))
 
     async def _open(self, key: str) -> _Link:
-        async with self._opening:
-            if self._link is None:
-                socket = await self._socket(key)
-                try:
-                    await socket.connect()
-                except BaseException:
-                    with suppress(*ERRORS):
-                        await socket.disconnect(nowait=True)
-                    raise
+        """The link. It is opened once for all who wait, and goes on opening when they give up. Raises `ERRORS`."""
+        while self._link is None:
+            if self._opening is None:
+                self._opening = self._connection.open_socket(key)
+            opening = self._opening
+            try:
+                opened = await asyncio.shield(opening)
+            finally:
+                mine = opening.done() and self._opening is opening
+                if mine:
+                    self._opening = None
+            if mine:
                 # Each call has its own deadline. redis-py's would cost a task a command, and asyncio's `wait_for`
                 # of Python 3.11 can swallow a cancellation.
-                socket.socket_timeout = None
-                self._link = _Link(socket)
-            return self._link
-
-    async def _socket(self, key: str) -> _Socket:
-        client = self._connection.client
-        if isinstance(client, RedisCluster):
-            # The client follows redirections and learns the slots; then it knows the node.
-            _ = await self._connection.run("EXISTS", key)
-            node = client.get_node_from_key(key)
-            if node is None:
-                raise RedisConnectionError(f"no node of the cluster serves {key!r}")
-            return cast("_Socket", node.connection_class(**node.connection_kwargs))
-        pool = client.connection_pool
-        return cast("_Socket", pool.make_connection())  # type: ignore[no-untyped-call]  # as redis-py left it
+                opened.socket_timeout = None
+                self._link = _Link(cast("_Socket", opened))
+        return self._link
 
     async def _drop(self, link: _Link | None, error: Exception) -> None:
         if link is None:

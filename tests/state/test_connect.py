@@ -341,14 +341,16 @@ async def test_a_look_at_the_cluster_that_takes_longer_than_callers_wait_is_fini
         assert await _first_answer(connection, 0.3) == b"done"
 
 
-async def test_closing_ends_what_is_under_way(tmp_path: Path) -> None:
-    async with DataCluster(Kind.REDIS, tmp_path, size=1) as cluster:
-        cluster.servers[0].pause()
-        connection = connect(parse_url(cluster.url), ConnectOptions(timeout_s=30.0))
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster"])
+async def test_closing_ends_what_is_under_way(scheme: str, tmp_path: Path) -> None:
+    async with DataServer(Kind.REDIS, tmp_path) as server:
+        server.pause()
+        connection = connect(parse_url(f"{scheme}://127.0.0.1:{server.port}"), ConnectOptions(timeout_s=30.0))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await connection.run("EVAL", "return 1", 0)
         await connection.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
         await connection.close()
 
 
