@@ -261,7 +261,7 @@ class RedisStore:
         return Changed(membership) if moved else Conflict(membership)
 
     async def view(self) -> Mapping[str, BackendLoad]:
-        picture = await self.picture()
+        picture = await self._look()
         own: dict[str, LoadVector] = {}
         foreign: dict[str, LoadVector] = {}
         for stored in picture.parts:
@@ -373,15 +373,20 @@ class RedisStore:
 
     async def resync(self) -> None:
         """Read everything anew. Raises StoreUnavailable."""
-        picture = await self.picture()
-        if self._era not in {_NEVER, picture.era}:
-            # Before the mirror forgets which backends there were.
-            await self._join(self._join_number)
-            picture = await self.picture()
+        picture = await self._look()
         changes = self._mirror.adopt(picture)
         if self._healing is not None:
             self._heal(self._healing, picture)
         self._notify(changes)
+
+    async def _look(self) -> codec.Picture:
+        """The state, with this replica in it."""
+        picture = await self.picture()
+        if self._era not in {_NEVER, picture.era}:
+            # At once, because who knows which backends there were must not learn that there are none.
+            await self._join(self._join_number)
+            picture = await self.picture()
+        return picture
 
     def hear(self, payload: bytes) -> bool:
         """Take in a message. False when something was missed."""
