@@ -63,6 +63,7 @@ class Ledger:
         "failures",
         "floor_s",
         "foreign",
+        "foreign_since_s",
         "foreign_tpot_s",
         "kv_tokens",
         "last_step_s",
@@ -92,6 +93,7 @@ class Ledger:
         self.claiming_for: str | None = None
         self.residents: dict[str, Resident] = {}
         self.foreign = _NOTHING
+        self.foreign_since_s = -math.inf  # when it was told
         self.foreign_tpot_s = math.inf  # the tightest pace of other replicas' residents
         self.asked = 0  # residents whose lease the store has not answered for
         self.failures = 0
@@ -196,6 +198,7 @@ class Ledger:
     def set_foreign(self, foreign: LoadVector, tpot_s: float, now_s: float) -> None:
         """Other replicas carry this here; the tightest pace among their residents is `tpot_s`."""
         before, self.foreign, self.foreign_tpot_s = self.foreign, foreign, tpot_s
+        self.foreign_since_s = now_s
         if not self.residents or self._unstreamed:
             self.refresh(now_s)
             return
@@ -329,7 +332,7 @@ class Ledger:
                 if now_s < resident.expected_first_s or resident.request.streamed:
                     waiting.append(resident)
                     continue
-                self._guess_progress(resident, now_s)
+                resident.guess_progress(self.step_s or self.floor_s, now_s)
             decodes += resident.sequences
             decode_kv_tokens += resident.kv_tokens
             if resident.lost:
@@ -342,7 +345,7 @@ class Ledger:
             tpot_s = resident.tpot_s
             if tpot_s < tightest_s:
                 tightest_s = tpot_s
-            if left_s < slack.get(tpot_s, infinity):
+            if tpot_s < infinity and left_s <= slack.get(tpot_s, infinity):
                 slack[tpot_s] = left_s
         self.slack_floor = tuple(slack.items())
         self.queued_slack_floor, queued_s = floor_of_queued(waiting, now_s)
@@ -431,15 +434,11 @@ class Ledger:
         backend = self.backend
         most = max((backend.limits.max_batched_tokens or _MOST_CHUNK_TOKENS) - self.decodes, 1)
         within_s = min([slack_s + (1.0 - SLACK_RESERVE) * tpot_s for tpot_s, slack_s in floors])
+        if within_s == math.inf:
+            return math.inf
         decodes = Step.decode(self.decodes, self.decode_kv_tokens)
         room = backend.step_time.chunk_tokens(decodes, within_s / backend.margin, 0, most)
         return room if room < most else math.inf
-
-    def _guess_progress(self, resident: Resident, now_s: float) -> None:
-        """A request that is not streamed shows nothing: it is taken to run at the backend's pace."""
-        step_s = self.step_s or self.floor_s
-        tokens = 1 + int((now_s - resident.expected_first_s) / step_s) if step_s > 0 else 1
-        resident.advance(min(tokens, resident.request.max_output_tokens or tokens), now_s)
 
     def _read_growth(self) -> None:
         growth = self._growth

@@ -251,12 +251,12 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
     head = min(chunk, queued)
     step_s = step_time.seconds_of(head, 1, 0, head * head / 2, ledger.decodes, ledger.decode_kv_tokens)
     own = queued - ledger.foreign.queued_prefill_tokens
-    if own <= 0:
-        return queued - head, step_s
-    since_s = now_s - ledger.prefill_since_s
-    done_steps, into_s = divmod(max(since_s, 0.0), step_s) if step_s > 0 else (0.0, 0.0)
+    began_s = ledger.prefill_since_s if own else -math.inf
+    if own < queued:
+        began_s = max(began_s, ledger.foreign_since_s)
+    done_steps, into_s = divmod(max(now_s - began_s, 0.0), step_s) if step_s > 0 else (0.0, 0.0)
     # the step in flight is counted as waiting, so its chunk is not ahead any more
     done = (done_steps + 1) * head
-    if done < own:
+    if done < queued:
         return int(queued - done), max(step_s - into_s, 0.0)
-    return queued - own, max(step_s - into_s, 0.0) if done_steps * head < own else step_s
+    return 0, max(step_s - into_s, 0.0) if done_steps * head < queued else step_s

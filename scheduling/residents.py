@@ -81,6 +81,11 @@ class Resident:
             self.recount_at_tokens = generated_tokens + RECOUNT_TOKENS
         self.remaining_tokens = remaining_tokens
 
+    def guess_progress(self, step_s: float, now_s: float) -> None:
+        """One that is not streamed shows nothing: it is taken to make a token every `step_s` seconds."""
+        tokens = 1 + int((now_s - self.expected_first_s) / step_s) if step_s > 0 else 1
+        self.advance(min(tokens, self.request.max_output_tokens or tokens), now_s)
+
     @property
     def slack_s(self) -> float:
         """Seconds its next token may still take: from when it was last seen, since when it moved on with its

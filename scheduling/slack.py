@@ -1,6 +1,7 @@
 """Slack floors: per pace, the least time any resident has left until its next token is due.
 
-A pace stands in a floor as long as anybody on board still keeps it; whose promise is lost is in none.
+A pace stands in a floor as long as anybody on board still keeps it, with infinite slack where no first token was
+promised; whose promise is lost is in none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from scheduling.residents import Resident
 def lowered(floor: Floor, tpot_s: float, slack_s: float) -> Floor:
     """With one more, who has so much slack."""
     found = dict(floor)
-    if slack_s >= found.get(tpot_s, math.inf):
+    if tpot_s == math.inf or slack_s >= found.get(tpot_s, math.inf) < math.inf:
         return floor
     found[tpot_s] = slack_s
     return tuple(found.items())
@@ -28,16 +29,14 @@ def raised(floor: Floor, gone: Resident, residents: Iterable[Resident]) -> Floor
     found = dict(floor)
     if pace_s not in found or gone.slack_s > found[pace_s]:
         return floor
-    least_s = min(
-        [
-            one.slack_s
-            for one in residents
-            if one.tpot_s == pace_s and one.first_token is gone.first_token and not one.lost and one is not gone
-        ],
-        default=math.inf,
-    )
-    found[pace_s] = least_s
-    if least_s == math.inf:
+    others = [
+        one.slack_s
+        for one in residents
+        if one.tpot_s == pace_s and one.first_token is gone.first_token and not one.lost and one is not gone
+    ]
+    if others:
+        found[pace_s] = min(others)
+    else:
         del found[pace_s]
     return tuple(found.items())
 
@@ -55,7 +54,7 @@ def floor_of_queued(waiting: Iterable[Resident], now_s: float) -> tuple[Floor, f
             resident.lost = True
             continue
         tightest_s = min(tightest_s, resident.tpot_s)
-        if left_s < found.get(resident.tpot_s, math.inf):
+        if resident.tpot_s < math.inf and left_s <= found.get(resident.tpot_s, math.inf):
             found[resident.tpot_s] = left_s
     return tuple(found.items()), tightest_s
 

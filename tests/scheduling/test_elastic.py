@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from scheduling.elastic import Elastic
@@ -30,7 +32,7 @@ def elastic_of(fleet: Fleet, handback_checks: int = 2, uses_pool: bool = True, m
 
 
 def busy(fleet: Fleet, name: str, decodes: int = 3) -> None:
-    fleet[name].foreign = LoadVector(decodes, 100, 0)
+    fleet[name].set_foreign(LoadVector(decodes, 100, 0), math.inf, 0.0)
     fleet[name].refresh(0.0)
     fleet.reorder(fleet[name])
 

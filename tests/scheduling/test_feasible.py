@@ -319,7 +319,7 @@ def test_any_load_inside_the_box_keeps_the_steady_pace(
     rng = Random(seed)
     limits = EngineLimits(256, 2048, kv_tokens, 40_000)
     ledger = Ledger(Backend("a", PROFILE.step_time, limits=limits, margin=margin))
-    ledger.foreign = LoadVector(rng.randrange(5), rng.randrange(5000), 0)
+    ledger.set_foreign(LoadVector(rng.randrange(5), rng.randrange(5000), 0), math.inf, 0.0)
     for index in range(residents):
         put(ledger, f"x{index}", rng.randrange(1, 50), slo=Slo(5.0, 1.0), prompt_tokens=rng.randrange(10, 2000))
     asked = request("new", slo=Slo(60.0, 1.0), prompt_tokens=rng.randrange(10, 4000))
@@ -375,7 +375,7 @@ def test_what_is_hopeless_at_a_glance_is_infeasible_in_full(
     for index in range(rng.randrange(4)):  # prompts in the queue, whose own promise is no matter here
         slo = Slo(60.0, 0.3)
         put(ledger, f"q{index}", 0, now_s=1.0, slo=slo, prompt_tokens=rng.randrange(10, 3000))
-    ledger.foreign = LoadVector(0, 0, rng.choice([0, 0, 700]))
+    ledger.set_foreign(LoadVector(0, 0, rng.choice([0, 0, 700])), math.inf, 0.0)
     ledger.refresh(1.0)
     now_s = 1.0 + rng.choice([0.0, 0.02, 0.2, 2.0])
     ttft_s = rng.choice([0.03, 0.1, 0.3, 1.0, 60.0])

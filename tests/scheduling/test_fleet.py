@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ def fleet_of(*homes: tuple[str, str | None], tiers: TierSet = TIERS) -> Fleet:
 
 def load(fleet: Fleet, name: str, decodes: int, kv: int = 0) -> Ledger:
     ledger = fleet[name]
-    ledger.foreign = LoadVector(decodes, kv, 0)
+    ledger.set_foreign(LoadVector(decodes, kv, 0), math.inf, 0.0)
     ledger.refresh(0.0)
     fleet.reorder(ledger)
     return ledger

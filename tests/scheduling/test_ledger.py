@@ -267,13 +267,15 @@ def test_slack_counts_from_when_a_resident_was_last_seen() -> None:
     assert ledger.slack_floor == seen
 
 
-def test_no_promise_no_slack() -> None:
+def test_without_a_deadline_nobody_is_late() -> None:
     ledger = Ledger(backend())
     decoding(ledger, resident("a", tier="best"), 1)
     decoding(ledger, resident("b", slo=Slo(1.0, None)), 1)
     decoding(ledger, resident("c", slo=Slo(None, 0.05)), 1)
-    assert ledger.slack_floor == ()
+    assert ledger.slack_floor == ((0.05, math.inf),)
     assert ledger.tightest_tpot_s == 0.05
+    assert ledger.chunk_room_tokens == math.inf
+    assert ledger.own_load().slack == ()
 
 
 def test_a_request_that_is_not_streamed_is_taken_to_run_at_the_backends_pace() -> None:

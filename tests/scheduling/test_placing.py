@@ -33,7 +33,7 @@ def stage(*ledgers: Ledger, host_s: float = math.inf, outcome: Outcome = Outcome
 def busy(name: str) -> Ledger:
     """A backend on which others decode already: one more makes its steps longer than 12.5 ms."""
     ledger = Ledger(backend(name))
-    ledger.foreign = LoadVector(4, 0, 0)
+    ledger.set_foreign(LoadVector(4, 0, 0), math.inf, 0.0)
     ledger.refresh(0.0)
     return ledger
 

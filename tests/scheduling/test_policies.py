@@ -31,7 +31,7 @@ def fleet_of(**homes: str | None) -> Fleet:
 
 
 def load(fleet: Fleet, name: str, decodes: int, kv: int = 0) -> None:
-    fleet[name].foreign = LoadVector(decodes, kv, 0)
+    fleet[name].set_foreign(LoadVector(decodes, kv, 0), math.inf, 0.0)
     fleet[name].refresh(0.0)
     fleet.reorder(fleet[name])
 
@@ -185,8 +185,8 @@ def test_minimal_takes_the_shortest_step() -> None:
 def test_lmetric_multiplies_pending_tokens_and_batch_size() -> None:
     """The newcomer brings 100: 5 x (100 + 900), 8 x (100 + 0), 0."""
     fleet = fleet_of(a=None, b=None, c=None)
-    fleet["a"].foreign = LoadVector(5, 1000, 900)
-    fleet["b"].foreign = LoadVector(8, 1000, 0)
+    fleet["a"].set_foreign(LoadVector(5, 1000, 900), math.inf, 0.0)
+    fleet["b"].set_foreign(LoadVector(8, 1000, 0), math.inf, 0.0)
     for name in "ab":
         fleet[name].refresh(0.0)
         fleet.reorder(fleet[name])
@@ -222,9 +222,9 @@ def test_headroom_minds_the_tightest_resident() -> None:
 
 def test_headroom_prefers_missing_the_pace_to_missing_the_first_token() -> None:
     fleet = fleet_of(a=None, b=None, c=None)
-    fleet["a"].foreign = LoadVector(1, 0, 20_000)  # two seconds of prompts
-    fleet["b"].foreign = LoadVector(60, 0, 0)
-    fleet["c"].foreign = LoadVector(60, 0, 20_000)
+    fleet["a"].set_foreign(LoadVector(1, 0, 20_000), math.inf, 0.0)  # two seconds of prompts
+    fleet["b"].set_foreign(LoadVector(60, 0, 0), math.inf, 0.0)
+    fleet["c"].set_foreign(LoadVector(60, 0, 20_000), math.inf, 0.0)
     for name in "abc":
         fleet[name].refresh(0.0)
         fleet.reorder(fleet[name])
@@ -263,7 +263,7 @@ def test_every_policy_offers_each_open_backend_of_the_fleet_at_most_once_and_alw
     def offered() -> list[str]:
         fleet = fleet_of(**where)
         for backend_name, (decodes, queued) in zip(sorted(where), loads, strict=False):
-            fleet[backend_name].foreign = LoadVector(decodes, decodes * 50 + queued, queued)
+            fleet[backend_name].set_foreign(LoadVector(decodes, decodes * 50 + queued, queued), math.inf, 0.0)
             fleet[backend_name].refresh(0.0)
             fleet.reorder(fleet[backend_name])
         policy = make(name, Random(seed))

@@ -151,13 +151,17 @@ def test_a_queue_of_ours_is_worked_off_with_time() -> None:
     assert told[0] - told[2] == pytest.approx(0.3, rel=0.1)
 
 
-def test_what_other_replicas_queued_is_ahead_in_full() -> None:
+def test_what_other_replicas_queued_is_ahead_until_it_may_have_been_done() -> None:
+    """From when it was told; the step in flight always has to end."""
     ledger = Ledger(backend(max_batched_tokens=1000))
-    ledger.foreign = LoadVector(2, 3000, 3000)
-    ledger.refresh(0.0)
-    told = [walk_prefill(ledger, request("n"), now_s, 1.0).service_s for now_s in (0.0, 50.0)]
-    assert told[0] == told[1]
+    ledger.set_foreign(LoadVector(2, 3000, 3000), math.inf, 1.0)
+    told = [
+        walk_prefill(ledger, request("n"), 1.0 + later_s, 1.0).service_s for later_s in (0.0, 0.12, 0.24, 50.0)
+    ]
+    assert told == sorted(told, reverse=True)
     assert told[0] > 0.3
+    assert told[0] - told[1] > 0.1
+    assert told[3] > ledger.decode_step_s
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:
@@ -208,7 +212,7 @@ def test_a_driven_walk_tells_its_least_chunk() -> None:
     ledger = Ledger(backend(max_batched_tokens=1000, dynamic_chunk=True))
     alone = walk_prefill(ledger, request("a", prompt_tokens=1000), 0.0, 0.030)
     assert (alone.tokens, alone.least_chunk_tokens) == (1000, 200)
-    ledger.foreign = LoadVector(10, 0, 0)
+    ledger.set_foreign(LoadVector(10, 0, 0), math.inf, 0.0)
     ledger.refresh(0.0)
     beside = walk_prefill(ledger, request("a", prompt_tokens=1000), 0.0, 0.030)
     assert beside.least_chunk_tokens == 100
