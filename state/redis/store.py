@@ -139,6 +139,7 @@ class RedisStore:
         self._era = _NEVER
         self._healing: _Healing | None = None
         self._silent = False
+        self._missed_writes = False
         self._closed = False
         keys = self._keys
         self._leases_key, self._ended_key = keys.leases(replica), keys.ended(replica)
@@ -177,7 +178,7 @@ class RedisStore:
                     own.granted(lease_id, one.backend, birth, sequence, one.cost)
                     self._upkeep.changed(one.backend)
                     if sequence <= seen[index] == own.sequence(one.backend):
-                        self._upkeep.hurry()
+                        self._miss_writes()
                     return Granted(lease_id, one.backend)
                 if verdict == 0:
                     return self._with_readings(codec.read_denied(lease_id, candidates, answer))
@@ -233,7 +234,7 @@ class RedisStore:
             if met < 0:
                 continue
             if self._own.birth(one.backend) == birth and met < seen[place]:
-                self._upkeep.hurry()
+                self._miss_writes()
             if verdict:
                 taken.add(one.backend)
                 self._own.published(one.backend, birth, one.own, one.sequence)
@@ -357,10 +358,11 @@ class RedisStore:
                 ),
             )
         )
-        if len(answer) == 1:
-            if answer[0] == _LOST:
+        if len(answer) == 1 or self._missed_writes:
+            if answer[0] == _LOST or self._missed_writes:
                 self._doubt()
             await self._join(number)
+            self._missed_writes = False
         else:
             for name in items(answer[3]):
                 await self._bury(text(name), leaves=False)
@@ -443,6 +445,11 @@ class RedisStore:
                 if self._mirror.settle(backend, membership):
                     self._notify(Changes({backend: None}))
             self._join_number, self._era = number, joined.era
+
+    def _miss_writes(self) -> None:
+        """The store has lost writes of this replica. By the next beat its sequences may have caught up."""
+        self._missed_writes = True
+        self._upkeep.hurry()
 
     def _doubt(self) -> None:
         """What the store says of the others may be too little."""

@@ -63,6 +63,11 @@ class Line:
             flow.delay_s = 0.0
             flow.open.set()
 
+    def lead_to(self, server_port: int) -> None:
+        """From now on whoever connects reaches another server; open connections are reset."""
+        self._server_port = server_port
+        self.cut()
+
     def cut(self) -> None:
         """Every open connection is reset; new ones are welcome."""
         for writer in tuple(self._writers):
