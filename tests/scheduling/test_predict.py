@@ -158,7 +158,7 @@ def test_what_other_replicas_queued_is_ahead_until_it_may_have_been_done() -> No
     told = [
         walk_prefill(ledger, request("n"), 1.0 + later_s, 1.0).service_s for later_s in (0.0, 0.12, 0.24, 50.0)
     ]
-    assert told == sorted(told, reverse=True)
+    assert told[0] > told[1] > told[2]
     assert told[0] > 0.3
     assert told[0] - told[1] > 0.1
     assert told[3] > ledger.decode_step_s
