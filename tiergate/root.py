@@ -85,7 +85,7 @@ def wire(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Wir
 async def assemble(settings: Settings, which: Incarnation, clock: Callable[[], float] = time.monotonic) -> Wiring:
     """Everything a gateway needs, on the configured store and with the policy that the fleet has there. In the
     event loop that it will run in; a store that does not answer is waited for two seconds. Raises ConfigError."""
-    shared = connect_state(settings.store, which.replica, clock)
+    shared = connect_state(settings.store, which.replica, clock, settings.workers)
     source = PolicySource(shared.documents, check_served, which.replica, which.adopt_file)
     begun = await begin(settings, source)
     dispatcher = make_dispatcher(begun.settings)
@@ -150,9 +150,11 @@ def _parts(
     return Wiring(dispatcher, store, learned, learned.counter, version("tiergate"), clock=clock)
 
 
-def connect_state(settings: StoreSettings, replica: str, clock: Callable[[], float]) -> SharedState:
-    """What is configured under `store`, with no connection made yet; in the event loop that will use it. Raises
-    ConfigError."""
+def connect_state(
+    settings: StoreSettings, replica: str, clock: Callable[[], float], workers: int = 1
+) -> SharedState:
+    """What is configured under `store`, with no connection made yet; in the event loop that will use it. `workers`:
+    how many replicas there are at least. Raises ConfigError."""
     if settings.kind is StoreKind.MEMORY:
         state = MemoryState(clock)
         return SharedState(lambda _: state.replica(replica), MemoryDocuments(), nothing_to_close)
@@ -169,7 +171,8 @@ def connect_state(settings: StoreSettings, replica: str, clock: Callable[[], flo
         inner = RedisStore(
             connection, settings.fleet, replica, StoreOptions(lease_s=settings.lease_s, timeout_s=timeout_s), clock
         )
-        shelter = Shelter(deadline_s=timeout_s, lease_s=settings.lease_s)
+        # The store's own limit ends a call in good order; the shelter's is for what slips through.
+        shelter = Shelter(deadline_s=1.2 * timeout_s, lease_s=settings.lease_s, least_replicas=workers)
         return Sheltered(inner, clock, shelter, caps=most_sequences, on_mode=log_mode)
 
     directory = Directory(connection, settings.fleet, replica, settings.lease_s)
