@@ -153,8 +153,8 @@ def _parts(
 def connect_state(
     settings: StoreSettings, replica: str, clock: Callable[[], float], workers: int = 1
 ) -> SharedState:
-    """What is configured under `store`, with no connection made yet; in the event loop that will use it. `workers`:
-    how many replicas there are at least. Raises ConfigError."""
+    """What is configured under `store`, with no connection made yet; in the event loop that will use it.
+    `workers`: how many replicas there are at least. Raises ConfigError."""
     if settings.kind is StoreKind.MEMORY:
         state = MemoryState(clock)
         return SharedState(lambda _: state.replica(replica), MemoryDocuments(), nothing_to_close)
