@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from dataclasses import replace
 
 import pytest
 
 from adapters.contract import EngineLoad
+from gateway.config import LimitSettings
 from gateway.telemetry import log_mode
 from state.contract import Mode
 from state.memory import MemoryState
@@ -67,6 +70,24 @@ async def test_a_gateway_starts_without_its_store() -> None:
         await until(lambda: store.mode is Mode.SHARED)
         assert (await ask.read_chat())[0] == 200
         assert list(await inner.inner.view()) == ["e0"]
+
+
+async def test_a_full_share_on_one_backend_leaves_the_others() -> None:
+    """Alone among three, a gateway has two places on each of two engines that run six: it finds all four."""
+    inner = FaultyStore(MemoryState(time.monotonic), "only")
+    inner.fault = Fault.GONE
+    store = Sheltered(inner, time.monotonic, replace(QUICK, least_replicas=3))
+    limits = LimitSettings(max_running_seqs=6)
+    async with engine() as one, engine() as two:
+        settings = settings_for(one, two, engine_limits=limits)
+        async with gateway(settings, store=store) as made, client(made) as ask, asyncio.TaskGroup() as tasks:
+            asking = [tasks.create_task(ask.read_chat("first_then_wait")) for _ in range(5)]
+            await until(lambda: made.shell.running == 4 and made.shell.held == 1)
+            assert {numbers.decodes for numbers in made.view.numbers()} == {2}
+            one.release.set()
+            two.release.set()
+            await until(lambda: all(task.done() for task in asking))
+            assert [task.result()[0] for task in asking] == [200] * 5
 
 
 async def test_the_store_hears_what_an_engine_counts(monkeypatch: pytest.MonkeyPatch) -> None:
