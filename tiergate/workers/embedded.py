@@ -18,10 +18,10 @@ from pathlib import Path
 
 from gateway.config import ConfigError
 from tiergate.commands import CommandFailed
-from tiergate.workers.watcher import SOCKET
 
 log = logging.getLogger("tiergate")
 
+_SOCKET = "store.sock"
 _START_S = 15.0
 _AGAIN_S = 0.5
 
@@ -39,15 +39,18 @@ class EmbeddedStore:
     """The supervisor's side: starts the store, and starts it again when it dies."""
 
     def __init__(self) -> None:
-        """Raises OSError."""
-        self._folder = Path(tempfile.mkdtemp(prefix="tiergate-"))
+        """Raises CommandFailed where there is no place for it. Blocking, but not for long."""
+        try:
+            self._path = Path(tempfile.mkdtemp(prefix="tiergate-")) / _SOCKET
+        except OSError as error:
+            raise CommandFailed(f"the embedded store has no place: {error}") from None
         self._reading, self.lifeline = os.pipe()
         self._watcher: asyncio.subprocess.Process | None = None
 
     @property
     def url(self) -> str:
         """Where it answers."""
-        return f"unix://{self._folder / SOCKET}"
+        return f"unix://{self._path}"
 
     async def start(self) -> None:
         """Start it and wait until it answers. Raises CommandFailed."""
@@ -55,7 +58,7 @@ class EmbeddedStore:
             sys.executable,
             "-m",
             "tiergate.workers.watcher",
-            str(self._folder),
+            str(self._path),
             stdin=self._reading,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # or an interrupt from the terminal would end it before the workers
@@ -92,4 +95,4 @@ class EmbeddedStore:
             os.close(end)
         if self._watcher is not None:
             await self._watcher.wait()
-        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, self._path.parent, ignore_errors=True)

@@ -47,30 +47,35 @@ def supervise(args: argparse.Namespace, settings: Settings) -> int:
     checked(settings)
     listeners = listen(settings.host, settings.port)
     try:
-        return uvloop.run(_supervise(args, settings, listeners))
+        store = EmbeddedStore() if settings.store.kind is StoreKind.EMBEDDED else None
+        return uvloop.run(_supervise(args, settings, listeners, store))
     finally:
         for listener in listeners:
             listener.close()
 
 
-async def _supervise(args: argparse.Namespace, settings: Settings, listeners: Sequence[socket.socket]) -> int:
-    if settings.store.kind is not StoreKind.EMBEDDED:
+async def _supervise(
+    args: argparse.Namespace,
+    settings: Settings,
+    listeners: Sequence[socket.socket],
+    store: EmbeddedStore | None,
+) -> int:
+    if store is None:
         arguments = arguments_of(args, settings.store.url.get_secret_value())
-        return await Supervisor(arguments, settings, listeners).run()
-    try:
-        store = EmbeddedStore()
-    except OSError as error:
-        raise CommandFailed(f"the embedded store has no place: {error}") from None
-    try:
-        await store.start()
-        async with asyncio.TaskGroup() as tasks:
-            keeping = tasks.create_task(store.keep(), name="embedded-store")
-            supervisor = Supervisor(arguments_of(args, store.url), settings, listeners, (store.lifeline,))
-            code = await supervisor.run()
-            keeping.cancel()
-        return code
-    finally:
-        await store.stop()
+        failure = await Supervisor(arguments, settings, listeners).run()
+    else:
+        try:
+            await store.start()
+            async with asyncio.TaskGroup() as tasks:
+                keeping = tasks.create_task(store.keep(), name="embedded-store")
+                supervisor = Supervisor(arguments_of(args, store.url), settings, listeners, (store.lifeline,))
+                failure = await supervisor.run()
+                keeping.cancel()
+        finally:
+            await store.stop()
+    if failure is not None:
+        raise CommandFailed(failure)
+    return DONE
 
 
 class Supervisor:
@@ -103,8 +108,8 @@ class Supervisor:
         self._turning = asyncio.Lock()
         self._starts: set[asyncio.Task[None]] = set()
 
-    async def run(self) -> int:
-        """Until a signal, or until it is clear that workers cannot live. Raises CommandFailed for that."""
+    async def run(self) -> str | None:
+        """Until a signal, or until it is clear that workers cannot live: then the reason."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -118,9 +123,7 @@ class Supervisor:
                 await self._end_all()
         finally:
             self._board.close()
-        if self._failure is not None:
-            raise CommandFailed(self._failure)
-        return DONE
+        return self._failure
 
     # --- signals -------------------------------------------------------------------------------------------
 

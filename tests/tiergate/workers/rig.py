@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,7 @@ def serving(folder: Path, *arguments: str, engines: int = 2, **more: object) -> 
         command = [*SERVE, "--config", str(config), "--quiet", *arguments]
         with ServerProcess(command, f"http://127.0.0.1:{port}/readyz", folder / "gateway.log") as supervisor:
             service = Service(supervisor, port, config)
-            # One worker answers before the others do.
-            asyncio.run(until(lambda: "listening on" in supervisor.log()))
+            wait(lambda: "listening on" in supervisor.log())  # one worker answers before the others do
             yield service
 
 
@@ -146,6 +146,14 @@ async def ready(session: aiohttp.ClientSession, service: Service) -> int:
             return answer.status
     except aiohttp.ClientError:
         return 0
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    """Wait until something is so; blocking."""
+    deadline_s = time.monotonic() + _WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(_LOOK_S)
 
 
 async def until(condition: Callable[[], bool]) -> None:

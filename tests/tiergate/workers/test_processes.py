@@ -6,14 +6,19 @@ The engines are emulated. The tests of the first part share one service, and eac
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
 import pytest
 
+from deploy.server_process import free_port
+from tests.adversary.stand import write_config
 from tests.tiergate.workers.rig import (
+    SERVE,
     Service,
     admin,
     alive,
@@ -36,7 +41,7 @@ TOKENS = 60
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("workers")
-    with serving(folder, "--workers", str(WORKERS), "--store", "embedded") as made:
+    with serving(folder, "--workers", str(WORKERS), "--store", "embedded", store={"lease_s": 2}) as made:
         yield made
 
 
@@ -142,11 +147,14 @@ async def test_a_rolling_restart_loses_nothing(service: Service) -> None:
         async with asyncio.TaskGroup() as tasks:
             arriving = [tasks.create_task(newcomers()) for _ in range(4)]
             running = [tasks.create_task(stream(session, service, 4 * TOKENS)) for _ in range(8)]
+            kept = [tasks.create_task(_kept_open(service)) for _ in range(4)]
             await asyncio.sleep(0.7)
             service.supervisor.signal(signal.SIGUSR2)
             await until(lambda: not set(service.workers()) & set(old))
             stop.set()
         assert all(whole(one.result(), 4 * TOKENS) for one in running)
+        heads = [head for one in kept for head in one.result()]
+        assert {head.split()[1] for head in heads} == {b"200"}
         answers = [answer for one in arriving for answer in one.result()]
         assert len(answers) > 20
         assert [answer for answer in answers if not whole(answer, 2)] == []
@@ -157,27 +165,18 @@ async def test_a_rolling_restart_loses_nothing(service: Service) -> None:
     assert after["tiergate_worker_restarts_total{}"] == before["tiergate_worker_restarts_total{}"]
 
 
-async def test_a_connection_that_is_kept_open_survives_a_rolling_restart(service: Service) -> None:
-    await _all_up(service)
-    old = service.workers()
-    answers: list[int] = []
-    async with clients() as session:
-        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-        service.supervisor.signal(signal.SIGUSR2)
-        closing = False
-        while not closing:
-            writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
-            head = await reader.readuntil(b"\r\n\r\n")
-            await reader.readexactly(len(b'{"status":"ok"}'))
-            answers.append(int(head.split()[1]))
-            closing = b"connection: close" in head.lower()
-            await asyncio.sleep(0.05)
-        assert await reader.read() == b""
-        writer.close()
-        await until(lambda: not set(service.workers()) & set(old))
-        await _all_up(service)
-        assert set(answers) == {200}
-        assert await ready(session, service) == 200
+async def _kept_open(service: Service) -> list[bytes]:
+    """Heads of answers on one connection, for as long as the gateway keeps it open."""
+    heads: list[bytes] = []
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    while not heads or b"connection: close" not in heads[-1]:
+        writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        heads.append((await reader.readuntil(b"\r\n\r\n")).lower())
+        await reader.readexactly(len(b'{"status":"ok"}'))
+        await asyncio.sleep(0.05)
+    assert await reader.read() == b"", "it is closed after the answer that says so"
+    writer.close()
+    return heads
 
 
 async def test_sigterm_to_one_worker_replaces_it(service: Service) -> None:
@@ -196,16 +195,17 @@ async def test_sigterm_to_one_worker_replaces_it(service: Service) -> None:
 
 async def test_the_embedded_store_is_started_again(service: Service) -> None:
     await _all_up(service)
-    (watcher,), (server,) = service.watchers(), service.stores()
+    (server,) = service.stores()
     async with clients() as session:
         kill(server, signal.SIGKILL)
         # Nobody waits for the store, and nobody is refused for it.
-        assert all(whole(await stream(session, service, 2), 2) for _ in range(5))
+        answers = [await stream(session, service, 2) for _ in range(5)]
+        assert [answer for answer in answers if not whole(answer, 2)] == []
 
         async def shared_again() -> bool:
             found = await metrics(session, service)
             modes = [found.get(f"tiergate_store_mode{{mode=shared,worker={number}}}") for number in range(WORKERS)]
-            return service.watchers() not in ([], [watcher]) and modes == [1.0] * WORKERS
+            return service.stores() not in ([], [server]) and modes == [1.0] * WORKERS
 
         await until_told(shared_again)
         assert whole(await stream(session, service, 2), 2)
@@ -214,17 +214,22 @@ async def test_the_embedded_store_is_started_again(service: Service) -> None:
 # --- services of their own -------------------------------------------------------------------------------------
 
 
-async def test_sigterm_lets_all_streams_end(tmp_path: Path) -> None:
+async def test_sigterm_lets_streams_end_and_a_second_signal_does_not(tmp_path: Path) -> None:
     with serving(tmp_path / "one", "--workers", "2", "--store", "embedded") as service:
         (watcher,) = service.watchers()
         async with clients() as session:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(6)]
+                short = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(4)]
+                long = [tasks.create_task(stream(session, service, 3_000)) for _ in range(2)]
                 await asyncio.sleep(0.7)
                 service.supervisor.signal(signal.SIGTERM)
                 await until_told(lambda: _is(ready(session, service), 503))
                 assert (await ask(session, service))[0] == 503
-            assert all(whole(one.result(), TOKENS) for one in running)
+                await asyncio.wait(short)
+                assert service.supervisor.poll() is None
+                service.supervisor.signal(signal.SIGINT)
+            assert all(whole(one.result(), TOKENS) for one in short)
+            assert not any(whole(one.result(), 3_000) for one in long)
         await until(lambda: service.supervisor.poll() is not None)
         assert service.supervisor.poll() == 0
         assert not alive(watcher)
@@ -248,15 +253,31 @@ async def test_when_the_supervisor_is_killed_the_workers_finish_and_the_address_
         await until(lambda: not any(alive(pid) for pid in (*workers, watcher)))
 
 
-async def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
-    with serving(tmp_path / "one", "--workers", "2", "--store", "embedded") as service:
-        async with clients() as session:
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(stream(session, service, 3_000)) for _ in range(4)]
-                await asyncio.sleep(0.7)
-                service.supervisor.signal(signal.SIGINT)
-                await until_told(lambda: _is(ready(session, service), 503))
-                service.supervisor.signal(signal.SIGINT)
-            assert not any(whole(one.result(), 3_000) for one in running)
-        await until(lambda: service.supervisor.poll() is not None)
-        assert service.supervisor.poll() == 0
+def test_workers_that_cannot_live_are_given_up(tmp_path: Path) -> None:
+    # Python runs this file in every process; it ends those that are workers.
+    (tmp_path / "sitecustomize.py").write_text("import os\nif '_TIERGATE_WORKER' in os.environ: os._exit(7)\n")
+    config = tmp_path / "tiergate.json"
+    write_config(config, free_port(), [free_port()])
+    done = subprocess.run(
+        [*SERVE, "--config", str(config), "--workers", "2", "--store", "embedded"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "exit code 7" in done.stderr
+    assert "the workers end before they serve" in done.stderr
+
+
+def test_workers_without_a_store_are_refused() -> None:
+    done = subprocess.run(
+        [*SERVE, "--backend", "http://127.0.0.1:1", "--workers", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--store embedded" in done.stderr
