@@ -14,7 +14,7 @@ from state.deadline import within
 T = TypeVar("T")
 
 _EVERYTHING = Limits(2**53, 2**53, 2**53)
-_ALONE_SUFFIX = "~"  # of what the store calls a lease that was granted without it
+ALONE_SUFFIX = "~"  # of what the store calls a lease that was granted without it
 _AT_ONCE = 32  # calls to the store side by side
 _TRIES = 3  # a membership may change between two of them
 
@@ -101,7 +101,7 @@ class Mending:
             if site is None or book.leases.get(lease_id) is not lease:
                 return
             if lease.store_id is None:
-                lease.store_id = lease_id + _ALONE_SUFFIX
+                lease.store_id = lease_id + ALONE_SUFFIX
             candidate = ReserveCandidate(lease.backend, lease.cost, _EVERYTHING, 0.0, site.membership.epoch)
             answer = await self.ask(self._inner.reserve(lease.store_id, (candidate,)))
             if isinstance(answer, Granted):

@@ -27,6 +27,7 @@ COMMANDS = (
     Command("check", "read a configuration, and explain what it means or what is wrong with it"),
     Command("bench", "offer open-loop load to an OpenAI base URL and score every token against its deadline"),
     Command("demo", "show mixed-tier load on a small fleet, compared with round robin and least load"),
+    Command("state", "compare what gateways share with what they carry and what engines report"),
     Command("profile", "measure a live engine and write its latency profile"),
     Command("emulate", "run an emulated engine: vLLM's routes, times from a profile, no model"),
     Command("simulate", "run policies on a simulated fleet and compare them"),
