@@ -98,12 +98,17 @@ class Site:
         self.shadow = Part(leases=part.leases)
         self.shadow.publish(own, part.sequence)
 
-    def settle(self, taken: bool) -> None:
-        """What became of the publication on its way."""
+    def settle(self, sequence: int, *, taken: bool) -> None:
+        """What became of the publication on its way, which had this sequence."""
         if taken and self.shadow is not None:
             self.own = self.shadow
-            self.own.sequence += 1
+            self.own.sequence = max(self.own.sequence, sequence)
         self.shadow = None
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether nobody ever said where it belongs."""
+        return self.membership is _NOWHERE
 
     def tightest_ms(self) -> float:
         return min((lease.cost.tpot_ms for lease in self.leases.values()), default=float("inf"))
@@ -252,9 +257,22 @@ class Book:
     # --- publications ------------------------------------------------------------------------------------------
 
     def accepts(self, one: Publication) -> bool:
-        """Whether a publication is newer than what is here, and none is on its way already."""
+        """Whether a publication is newer than what is here, and none is on its way already. One for a backend that
+        was never heard of may be."""
         site = self.sites.get(one.backend)
-        return site is not None and site.shadow is None and one.sequence > site.own.sequence
+        return site is None or (site.shadow is None and one.sequence > site.own.sequence)
+
+    def send(self, one: Publication) -> None:
+        """A publication is on its way."""
+        self.sites.setdefault(one.backend, Site()).send(one.own)
+
+    def settle(self, one: Publication, *, taken: bool) -> None:
+        """What became of a publication. A backend that the store does not know either is nowhere."""
+        site = self.sites.get(one.backend)
+        if site is not None:
+            site.settle(one.sequence, taken=taken)
+            if site.nowhere and not taken:
+                self.drop(one.backend)
 
     # --- alone -------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ background whether the store answers again. docs/state.md ("Outages") has the ru
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 
@@ -62,7 +63,7 @@ class Sheltered:
         self._outage = Outage(options, on_mode)
         self._mending = Mending(inner, self._book, clock, options.deadline_s)
         self._pulse_s = clock()  # when the store was last looked over
-        self._watches: set[Watch] = set()
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
         self._lost: frozenset[str] = frozenset()  # backends where it had lost our load at the last look
         self._mended = False
         self._closed = False
@@ -215,9 +216,8 @@ class Sheltered:
         book, inner = self._book, self._inner
         fresh = [one for one in publications if book.accepts(one)]
         for one in fresh:
-            book.sites[one.backend].send(one.own)
-        names = frozenset(one.backend for one in fresh)
-        taken = names
+            book.send(one)
+        taken = frozenset(one.backend for one in fresh if not book.sites[one.backend].nowhere)
         try:
             if self._outage.mode is not Mode.ALONE:
                 told = [Publication(one.backend, one.own, inner.sequence_of(one.backend) + 1) for one in fresh]
@@ -228,10 +228,8 @@ class Sheltered:
             taken = frozenset()
             raise
         finally:
-            for name in names:
-                site = book.sites.get(name)
-                if site is not None:
-                    site.settle(name in taken)
+            for one in fresh:
+                book.settle(one, taken=one.backend in taken)
         return taken
 
     def sequence_of(self, backend: str) -> int:
@@ -308,9 +306,8 @@ class Sheltered:
         if self._closed:
             return
         self._closed = True
-        for watch in self._watches:
+        for watch in tuple(self._watches):
             watch.end()
-        self._watches.clear()
         if self._outage.mode is not Mode.ALONE:
             with suppress(StoreUnavailable):
                 for store_id in list(self._mending.owed):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
@@ -18,9 +19,11 @@ import pytest
 from scheduling.load import Cost, Limits, ReserveCandidate
 from state.contract import Store
 from state.memory import MemoryState
+from state.outage import Shelter
 from state.redis.address import parse_url
 from state.redis.connect import Connection, ConnectOptions, connect
 from state.redis.store import RedisStore, StoreOptions
+from state.sheltered import Sheltered
 from tests.servers import DataServer, Kind
 
 ONE_CHAT = Cost(1, 100, 50, "chat", 50.0)
@@ -109,7 +112,7 @@ class ServedCluster:
         await self._ending.aclose()
 
 
-async def _end(store: RedisStore, running: asyncio.Task[None]) -> None:
+async def _end(store: Store, running: asyncio.Task[None]) -> None:
     await store.close()
     running.cancel()
     with suppress(asyncio.CancelledError):
@@ -125,8 +128,27 @@ def served(kind: Kind, options: StoreOptions = PATIENT) -> Callable[[], ServedCl
     return lambda: ServedCluster(SERVERS.url(kind), SERVERS.fleet(), options)
 
 
+class ShelteredCluster(MemoryCluster):
+    """Replicas of one `MemoryState`, each in a shelter that nothing disturbs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ending = AsyncExitStack()
+
+    async def replica(self, name: str) -> Store:
+        store = Sheltered(await super().replica(name), time.monotonic, Shelter(deadline_s=5.0))
+        running = asyncio.get_running_loop().create_task(store.run())
+        self._ending.push_async_callback(_end, store, running)
+        await asyncio.sleep(0)  # it listens
+        return store
+
+    async def close(self) -> None:
+        await self._ending.aclose()
+
+
 CLUSTERS: dict[str, Callable[[], Cluster]] = {
     "memory": MemoryCluster,
+    "sheltered": ShelteredCluster,
     "redis": served(Kind.REDIS),
     "valkey": served(Kind.VALKEY),
 }

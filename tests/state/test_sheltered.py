@@ -198,6 +198,13 @@ async def test_a_measured_load_counts_for_the_share(fleet: Fleet) -> None:
     assert await fleet.fill(0, "more", limits) == 1
 
 
+@pytest.mark.parametrize("fault", [Fault.NONE, Fault.GONE])
+async def test_a_measurement_for_a_backend_nobody_knows_leaves_nothing(fleet: Fleet, fault: Fault) -> None:
+    fleet.fail(fault)
+    assert await fleet.stores[0].publish([Publication("z", LoadVector(1, 1, 1), 1)]) == set()
+    assert set(await fleet.stores[0].view()) == {"x"}
+
+
 async def test_a_measurement_in_flight_keeps_what_began_and_ended_since(fleet: Fleet) -> None:
     store, inner = fleet.stores[0], fleet.inner[0]
     assert await fleet.reserve(0, "old")
