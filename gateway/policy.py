@@ -40,7 +40,10 @@ SECTIONS = tuple(FleetPolicy.model_fields)
 
 def policy_of(settings: Settings) -> FleetPolicy:
     """The shared part of a configuration, with the clients' keys as digests."""
-    keys = tuple(key.model_copy(update={"key": None, "sha256": key.digest}) for key in settings.keys)
+    keys = tuple(
+        key if key.key is None else key.model_copy(update={"key": None, "sha256": key.digest})
+        for key in settings.keys
+    )
     return FleetPolicy(
         tiers=settings.tiers,
         default_tier=settings.default_tier,

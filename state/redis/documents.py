@@ -141,6 +141,7 @@ class RedisDocuments:
         self._closed = True
         for watching in list(self._watches):
             watching.end()
+        await self._runner.close()
 
 
 def _payload(draft: Draft) -> str:

@@ -13,31 +13,22 @@ import pytest
 from gateway.app import Gateway
 from gateway.config import ConfigError, KeySettings, Settings, TierSettings, key_digest
 from gateway.policy import SCHEMA, FleetPolicy, PolicyRefused, policy_of, read_body, to_body, with_policy
-from gateway.shared import Begun, PolicyConflict, PolicySource, SharedPolicy, begin
-from gateway.telemetry import Telemetry
+from gateway.shared import PolicyConflict, PolicySource
 from state.contract import StoreUnavailable
 from state.documents import (
     Contribution,
     Document,
-    Documents,
     Draft,
     MemoryDocuments,
     MemoryDocumentState,
     Stale,
 )
+from tests.gateway.policies import Replica, file_of, only_tier, replica
 from tests.gateway.rig import client, engine, gateway, settings_for, until
 
 _TOKEN = {"authorization": "Bearer secret"}
 _TIERS = (TierSettings(name="only", ttft_ms=3000, tpot_ms=80),)
 _ONLY = {"tiers": [{"name": "only", "ttft_ms": 3000, "tpot_ms": 80}], "default_tier": "only"}
-
-
-def _settings(**more: object) -> Settings:
-    return Settings.model_validate({"backends": ["http://a:1"]} | more)
-
-
-def _only(policy: FleetPolicy) -> FleetPolicy:
-    return policy.model_copy(update={"tiers": _TIERS, "default_tier": "only"})
 
 
 class Unsteady:
@@ -98,48 +89,11 @@ class Unsteady:
         await self._inner.close()
 
 
-class Replica:
-    """One replica's policy without a gateway around it: remembers what was put in force."""
-
-    def __init__(self, documents: Documents, begun: Begun, source: PolicySource) -> None:
-        self.documents = documents
-        self.numbers = Telemetry()
-        self.applied: list[Settings] = []
-        self.shared = SharedPolicy(source, begun, self._apply, self.numbers)
-
-    async def _apply(self, settings: Settings, version: int) -> None:
-        self.applied.append(settings)
-
-    @property
-    def version(self) -> int:
-        return self.numbers.policy_version
-
-    @property
-    def tiers(self) -> list[str]:
-        return [tier.name for tier in self.shared.policy.tiers]
-
-
-@contextlib.asynccontextmanager
-async def replica(
-    documents: Documents, file: Settings | None = None, source: PolicySource | None = None
-) -> AsyncIterator[Replica]:
-    """A replica that has begun, and follows the store."""
-    settings = file or _settings()
-    source = source or PolicySource(documents, replica="test")
-    made = Replica(documents, await begin(settings, source), source)
-    async with asyncio.TaskGroup() as tasks:
-        task = tasks.create_task(made.shared.run())
-        try:
-            yield made
-        finally:
-            task.cancel()
-
-
 # --- the document ----------------------------------------------------------------------------------------------
 
 
 def test_the_document_holds_no_client_key_and_says_all_else() -> None:
-    settings = _settings(
+    settings = file_of(
         backends=[{"url": "http://a:1", "name": "a", "api_key": "to-the-engine", "limits": {"kv_tokens": 5}}],
         keys=[{"key": "sk-client", "tenant": "t", "tier": "chat"}],
         policy={"name": "random", "options": {"scan_held": 3, "refuses": False, "cooldown_s": 0.5}},
@@ -154,7 +108,7 @@ def test_the_document_holds_no_client_key_and_says_all_else() -> None:
     [key] = again.keys
     assert key.sha256 == key_digest("sk-client")
     # Another replica's own settings stay its own.
-    mine = with_policy(_settings(port=1234), again)
+    mine = with_policy(file_of(port=1234), again)
     assert (mine.port, mine.backends, mine.policy) == (1234, settings.backends, settings.policy)
 
 
@@ -172,10 +126,10 @@ def test_the_document_holds_no_client_key_and_says_all_else() -> None:
 def test_a_document_that_is_not_understood_is_refused(
     schema: int, change: dict[str, object], message: str
 ) -> None:
-    fields = json.loads(to_body(policy_of(_settings()))) | change
+    fields = json.loads(to_body(policy_of(file_of()))) | change
     document = Document(2, 0.0, Draft("c", schema, json.dumps(fields), "a", "r"))
     with pytest.raises(PolicyRefused, match=message) as refused:
-        with_policy(_settings(), read_body(document))
+        with_policy(file_of(), read_body(document))
     assert "secret-value" not in str(refused.value)
 
 
@@ -186,7 +140,7 @@ async def test_the_first_file_seeds_and_a_later_replica_adopts() -> None:
     state = MemoryDocumentState()
     async with replica(MemoryDocuments(state)) as one:
         assert one.version == 1
-        other_file = _settings(backends=["http://b:1"], port=99)
+        other_file = file_of(backends=["http://b:1"], port=99)
         async with replica(MemoryDocuments(state), other_file) as two:
             assert two.version == 1
             assert two.shared.policy == one.shared.policy
@@ -204,7 +158,7 @@ async def test_a_file_that_changed_is_not_taken_by_itself(caplog: pytest.LogCapt
     state = MemoryDocumentState()
     async with replica(MemoryDocuments(state)):
         caplog.clear()
-        async with replica(MemoryDocuments(state), _settings(default_tier="batch")):
+        async with replica(MemoryDocuments(state), file_of(default_tier="batch")):
             [line] = [record.getMessage() for record in caplog.records]
             assert "default_tier" in line
             assert "--adopt-file" in line
@@ -213,7 +167,7 @@ async def test_a_file_that_changed_is_not_taken_by_itself(caplog: pytest.LogCapt
 async def test_a_change_here_is_in_force_there_and_a_race_has_one_winner() -> None:
     state = MemoryDocumentState()
     async with replica(MemoryDocuments(state)) as one, replica(MemoryDocuments(state)) as two:
-        await one.shared.change(_only, "test")
+        await one.shared.change(only_tier, "test")
         assert one.tiers == ["only"]
         await until(lambda: two.tiers == ["only"])
         assert (one.version, two.version) == (2, 2)
@@ -242,7 +196,7 @@ async def test_changes_that_do_not_touch_each_other_are_both_made() -> None:
     async with replica(MemoryDocuments(state)) as one, replica(MemoryDocuments(state)) as two:
         keys = (KeySettings(sha256="0" * 64, tenant="t"),)
         await asyncio.gather(
-            one.shared.change(_only, "tiers"),
+            one.shared.change(only_tier, "tiers"),
             two.shared.change(lambda now: now.model_copy(update={"keys": keys}), "keys"),
         )
         await until(lambda: one.version == two.version == 3)
@@ -279,14 +233,14 @@ async def test_a_newer_document_is_refused_and_what_is_in_force_stays() -> None:
         await until(lambda: one.numbers.policy_refused_version == 2)
         assert (one.version, one.shared.policy, one.numbers.policies_refused) == (1, was, 1)
         with pytest.raises(PolicyConflict, match="cannot be read here"):
-            await one.shared.change(_only, "test")
+            await one.shared.change(only_tier, "test")
         # One that starts now serves by its file.
-        async with replica(MemoryDocuments(state), _settings(default_tier="batch")) as two:
+        async with replica(MemoryDocuments(state), file_of(default_tier="batch")) as two:
             assert (two.version, two.numbers.policy_refused_version) == (0, 2)
             assert two.shared.policy.default_tier == "batch"
         # And it was not put back over the newer one.
         assert [found.version for found in await foreign.history()] == [2, 1]
-        good = replace(newer, change_id="good", schema=SCHEMA, body=to_body(_only(was)))
+        good = replace(newer, change_id="good", schema=SCHEMA, body=to_body(only_tier(was)))
         assert isinstance(await foreign.put(good, 2), Document)
         await until(lambda: one.version == 3)
         assert (one.tiers, one.numbers.policy_refused_version) == (["only"], 0)
@@ -296,11 +250,11 @@ async def test_a_store_that_forgot_gets_back_what_is_in_force() -> None:
     state = MemoryDocumentState()
     unsteady = Unsteady(state)
     async with replica(unsteady) as one:
-        await one.shared.change(_only, "test")
+        await one.shared.change(only_tier, "test")
         assert one.version == 2
         unsteady.forget()
         # A replica that comes now may be the first to find nothing, and seeds its file. The higher version stands.
-        async with replica(MemoryDocuments(state), _settings(default_tier="batch")) as two:
+        async with replica(MemoryDocuments(state), file_of(default_tier="batch")) as two:
             await until(lambda: two.version == one.version == 2)
             assert two.shared.policy == one.shared.policy
             assert two.tiers == ["only"]
@@ -314,7 +268,7 @@ async def test_an_older_version_is_never_put_back() -> None:
     async with replica(unsteady) as behind, replica(steady) as ahead:
         unsteady.down = True
         await behind.shared._lock.acquire()  # it hears of nothing from here on
-        await ahead.shared.change(_only, "test")
+        await ahead.shared.change(only_tier, "test")
         state.current = None
         unsteady.down = False
         behind.shared._lock.release()
@@ -326,13 +280,13 @@ async def test_an_older_version_is_never_put_back() -> None:
 async def test_without_a_store_the_file_is_served_and_the_policy_is_found_later() -> None:
     state = MemoryDocumentState()
     async with replica(MemoryDocuments(state)) as one:
-        await one.shared.change(_only, "test")
+        await one.shared.change(only_tier, "test")
     unsteady = Unsteady(state)
     unsteady.down = True
     async with replica(unsteady) as two:
         assert (two.version, two.tiers[0]) == (0, "fast")
         with pytest.raises(StoreUnavailable):
-            await two.shared.change(_only, "test")
+            await two.shared.change(only_tier, "test")
         unsteady.down = False
         for watching in state._watching:
             watching.notice()
@@ -344,7 +298,7 @@ async def test_a_lost_answer_makes_one_version() -> None:
     unsteady = Unsteady(MemoryDocumentState())
     async with replica(unsteady) as one:
         unsteady.lose_answers = 2
-        document = await one.shared.change(_only, "test")
+        document = await one.shared.change(only_tier, "test")
         assert document.version == one.version == 2
         assert len(await unsteady.history()) == 2
 
@@ -352,7 +306,7 @@ async def test_a_lost_answer_makes_one_version() -> None:
 async def test_reading_the_file_again_puts_it_in_the_store() -> None:
     state = MemoryDocumentState()
     async with replica(MemoryDocuments(state)) as one, replica(MemoryDocuments(state)) as two:
-        file = _settings(default_tier="batch", admin_token="t2")
+        file = file_of(default_tier="batch", admin_token="t2")
         await one.shared.reload(file)
         await until(lambda: two.version == 2)
         assert two.shared.policy.default_tier == "batch"

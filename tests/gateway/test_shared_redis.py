@@ -1,0 +1,160 @@
+"""The fleet's policy on real servers: pushed, kept over a restart, and put back where it was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gateway.shared import PolicySource
+from state.contract import StoreUnavailable
+from state.documents import Documents
+from state.redis.address import parse_url
+from state.redis.connect import connect
+from state.redis.documents import RedisDocuments
+from state.redis.rights import acl_rule
+from tests.gateway.policies import file_of, only_tier, replica
+from tests.gateway.rig import client, engine, gateway, settings_for, until
+from tests.servers import DataServer, Kind, Options
+
+
+@contextlib.asynccontextmanager
+async def documents_of(url: str, fleet: str = "main") -> AsyncIterator[Documents]:
+    """A handle over a connection of its own."""
+    async with connect(parse_url(url)) as connection:
+        made = RedisDocuments(connection, fleet)
+        yield made
+        await made.close()
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+async def test_with_persistence_the_policy_outlives_all_that_run(kind: Kind, tmp_path: Path) -> None:
+    async with DataServer(kind, tmp_path, Options(appendonly=True)) as server:
+        async with documents_of(server.url) as documents, replica(documents) as one:
+            changed = await one.shared.change(only_tier, "test")
+        server.kill()
+        await server.start()
+        async with documents_of(server.url) as documents, replica(documents) as two:
+            assert two.shared.document == changed
+            assert two.tiers == ["only"]
+            assert [found.version for found in await documents.history()] == [2, 1]
+
+
+async def test_without_persistence_the_policy_in_force_is_put_back(tmp_path: Path) -> None:
+    async with (
+        DataServer(Kind.REDIS, tmp_path) as server,
+        documents_of(server.url) as first,
+        documents_of(server.url) as second,
+        replica(first) as one,
+        replica(second) as two,
+    ):
+        changed = await one.shared.change(only_tier, "test")
+        await until(lambda: two.version == 2)
+        server.kill()
+        with pytest.raises(StoreUnavailable):
+            await one.shared.change(lambda policy: policy, "in vain")
+        await server.start()
+        # A replica that starts now has another file; what the others serve by stands.
+        async with documents_of(server.url) as third, replica(third, file_of(default_tier="batch")) as late:
+            await until(lambda: late.version == 2)
+            assert late.shared.policy == one.shared.policy == two.shared.policy
+            assert late.tiers == ["only"]
+            assert await third.read() == changed
+        # And changes are pushed as before.
+        await two.shared.change(lambda policy: policy.model_copy(update={"keys": ()}), "again")
+        await until(lambda: one.version == 3)
+
+
+async def test_with_nobody_left_the_file_seeds_an_emptied_store(tmp_path: Path) -> None:
+    async with DataServer(Kind.REDIS, tmp_path) as server:
+        async with documents_of(server.url) as documents, replica(documents) as one:
+            await one.shared.change(only_tier, "test")
+        await server.restart()
+        async with documents_of(server.url) as documents, replica(documents) as two:
+            assert (two.version, two.tiers[0]) == (1, "fast")
+
+
+async def test_a_replica_that_starts_without_its_store_finds_the_policy_later(tmp_path: Path) -> None:
+    async with DataServer(Kind.REDIS, tmp_path, Options(appendonly=True)) as server:
+        async with documents_of(server.url) as documents, replica(documents) as one:
+            await one.shared.change(only_tier, "test")
+        await server.stop()
+        async with documents_of(server.url) as documents, replica(documents) as two:
+            assert (two.version, two.tiers[0]) == (0, "fast")
+            await server.start()
+            await until(lambda: two.version == 2)
+            assert two.tiers == ["only"]
+
+
+async def test_fleets_on_one_server_do_not_meet(tmp_path: Path) -> None:
+    async with (
+        DataServer(Kind.REDIS, tmp_path) as server,
+        documents_of(server.url, "one") as first,
+        documents_of(server.url, "two") as second,
+        replica(first) as one,
+        replica(second, file_of(default_tier="batch")) as two,
+    ):
+        await one.shared.change(only_tier, "test")
+        await first.contribute("a", "x")
+        assert (two.version, two.shared.policy.default_tier) == (1, "batch")
+        assert await second.contributions() == {}
+
+
+async def test_the_rights_that_are_documented_are_enough(tmp_path: Path) -> None:
+    users = [f"tiergate on >secret {acl_rule('main')}"]
+    async with DataServer(Kind.REDIS, tmp_path, Options(users=users)) as server:
+        url = server.url_as("tiergate", "secret")
+        async with (
+            documents_of(url) as first,
+            documents_of(url) as second,
+            replica(first) as one,
+            replica(second) as two,
+        ):
+            await one.shared.change(only_tier, "test")
+            await until(lambda: two.version == 2)
+            await first.contribute("a", "x")
+            assert set(await second.contributions()) == {"a"}
+            assert len(await second.history()) == 2
+
+
+async def test_a_full_server_refuses_a_change_and_keeps_the_policy(tmp_path: Path) -> None:
+    async with (
+        DataServer(Kind.REDIS, tmp_path) as server,
+        documents_of(server.url) as documents,
+        replica(documents) as one,
+    ):
+        await asyncio.to_thread(server.ask, "CONFIG", "SET", "maxmemory", "1")
+        with pytest.raises(StoreUnavailable):
+            await one.shared.change(only_tier, "test")
+        assert (one.version, one.applied) == (1, [])
+        await asyncio.to_thread(server.ask, "CONFIG", "SET", "maxmemory", "0")
+        await one.shared.change(only_tier, "test")
+        assert one.version == 2
+
+
+async def test_a_change_on_one_gateway_is_served_by_the_other(tmp_path: Path) -> None:
+    async with (
+        DataServer(Kind.VALKEY, tmp_path) as server,
+        engine() as one,
+        documents_of(server.url) as first,
+        documents_of(server.url) as second,
+        gateway(settings_for(one), policy=PolicySource(first, replica="one")) as made,
+        gateway(settings_for(one), policy=PolicySource(second, replica="two")) as other,
+        client(made) as ask,
+        client(other) as ask2,
+    ):
+        body = {"tiers": [{"name": "only", "ttft_ms": 3000, "tpot_ms": 80}], "default_tier": "only"}
+        headers = {"authorization": "Bearer secret"}
+        async with ask.session.put(f"{ask.base}/admin/v1/tiers", json=body, headers=headers) as answer:
+            assert answer.status == 200
+        await until(lambda: other.live.now.version == 2)
+        async with ask2.chat() as answer:
+            assert answer.headers["x-tiergate-tier"] == "only"
+        await server.stop()
+        async with ask.session.put(f"{ask.base}/admin/v1/tiers", json=body, headers=headers) as answer:
+            assert answer.status == 503
+        async with ask2.chat() as answer:
+            assert answer.headers["x-tiergate-tier"] == "only"
