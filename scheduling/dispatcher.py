@@ -453,8 +453,11 @@ class Dispatcher:
         self._claim_for_heads(now_s, out)
 
     def _membership_changed(self, event: ev.MembershipChanged, now_s: float, out: list[ev.Action]) -> None:
+        ledger = self.fleet.get(event.backend)
+        if ledger is not None and (ledger.tier, ledger.epoch) == (event.tier, event.epoch):
+            return  # it came with news of something else
         self.fleet.set_membership(event.backend, event.tier, event.epoch, now_s)
-        self._offer(self.fleet.get(event.backend), now_s, out)
+        self._offer(ledger, now_s, out)
         self._want_deal(now_s)
 
     def _tiers_changed(self, event: ev.TiersChanged, now_s: float, out: list[ev.Action]) -> None:
