@@ -49,6 +49,16 @@ SILENCE_S = 2.0
 _NAME = re.compile(r"[^!-~]+")  # what CLIENT SETNAME refuses
 
 
+@contextlib.contextmanager
+def closed_is_an_error() -> Iterator[None]:
+    """uvloop raises RuntimeError for a write to a connection it has closed, where redis-py expects an OSError.
+    Raises redis-py's ConnectionError instead."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RedisConnectionError(f"the connection is closed: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
     """How a connection behaves.
@@ -90,7 +100,7 @@ class Subscription:
         """Subscribe, and wait until the server confirmed: what is sent from now on arrives. Raises `ERRORS`."""
         missing = len(names)
         async with asyncio.timeout(timeout_s):
-            with _cancellable():
+            with closed_is_an_error(), _cancellable():
                 await self._channels.subscribe(*names)
             while missing:
                 heard = await self._channels.get_message(timeout=None)
@@ -118,7 +128,7 @@ class Subscription:
             return _message(heard) if heard["type"] == "message" else None
         if self._asked_s is None:
             if now_s - self._heard_s >= SILENCE_S:
-                with _cancellable():
+                with closed_is_an_error(), _cancellable():
                     await self._channels.ping()
                 self._asked_s = now_s
         elif now_s - self._asked_s >= SILENCE_S:
@@ -174,7 +184,7 @@ class Connection:
         In a Cluster the first key says which node is asked; PUBLISH goes to any and reaches all. SCRIPT LOAD goes
         to every primary, so after a NOSCRIPT error ask with EVAL: it loads the script where it is needed.
         """
-        with _cancellable():
+        with closed_is_an_error(), _cancellable():
             answer: Answer = await self.client.execute_command(*words)
         return answer
 

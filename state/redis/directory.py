@@ -15,6 +15,7 @@ log = logging.getLogger("tiergate.directory")
 ADDRESS = "at:"
 """What the names of these keys begin with, behind the fleet's prefix."""
 _LEAST_S = 1.0
+_URL = "url"
 
 
 def address_key(keys: Keys, replica: str) -> str:
@@ -40,7 +41,8 @@ class Directory:
             if where is not None:
                 try:
                     async with asyncio.timeout(self._every_s):
-                        await self._connection.run("SET", self._key, where, "PX", round(3e3 * self._every_s))
+                        await self._connection.run("HSET", self._key, _URL, where)
+                        await self._connection.run("PEXPIRE", self._key, round(3e3 * self._every_s))
                     silent = False
                 except ERRORS as error:
                     if not silent:
@@ -54,7 +56,7 @@ async def read_addresses(connection: Connection, keys: Keys, replicas: Iterable[
     found: dict[str, str] = {}
     try:
         for replica in replicas:
-            answer = await connection.run("GET", address_key(keys, replica))
+            answer = await connection.run("HGET", address_key(keys, replica), _URL)
             if isinstance(answer, bytes):
                 found[replica] = answer.decode(errors="replace")
     except ERRORS as error:

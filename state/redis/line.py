@@ -24,7 +24,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from state.redis.connect import ERRORS, Answer, Connection, Word
+from state.redis.connect import ERRORS, Answer, Connection, Word, closed_is_an_error
 
 _ELSEWHERE = (AskError, ClusterDownError, MasterDownError, MovedError, ReadOnlyError)
 """Answers after which another connection is needed: this one leads to the wrong server."""
@@ -128,7 +128,8 @@ class Line:
                     link = await self._open(key)
                 turn = _Turn()
                 link.turns.append(turn)
-                await link.socket.send_packed_command((packed,), check_health=False)
+                with closed_is_an_error():
+                    await link.socket.send_packed_command((packed,), check_health=False)
                 await link.answer_to(turn)
         except ERRORS as error:
             await self._drop(link, error)
