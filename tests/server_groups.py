@@ -68,20 +68,22 @@ class DataCluster(Group):
     """A Cluster of `size` primaries that share the slots evenly, each with `copies` replicas."""
 
     def __init__(
-        self, kind: Kind, folder: Path, *, size: int = 3, copies: int = 0, password: str | None = None
+        self, kind: Kind, folder: Path, *, size: int = 3, copies: int = 0, users: Sequence[str] = ()
     ) -> None:
+        """`users` as in `Options.users`; the default user has all rights and no password."""
         super().__init__()
-        settings = {"cluster-announce-ip": HOST}
-        options = Options(cluster=True, password=password, settings=settings)
+        options = Options(cluster=True, users=users, settings={"cluster-announce-ip": HOST})
         self.servers = [DataServer(kind, folder / f"{place}", options) for place in range(size * (1 + copies))]
         self.primaries = self.servers[:size]
-        self._password = password
 
     @property
     def url(self) -> str:
         """How a client reaches it, all its nodes named."""
-        secret = "" if self._password is None else f":{self._password}@"
-        return f"redis+cluster://{secret}{','.join(f'{HOST}:{server.port}' for server in self.servers)}"
+        return f"redis+cluster://{','.join(f'{HOST}:{server.port}' for server in self.servers)}"
+
+    def url_as(self, user: str, password: str) -> str:
+        """The same as one of the users."""
+        return self.url.replace("://", f"://{user}:{password}@")
 
     async def start(self) -> None:
         await super().start()

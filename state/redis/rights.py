@@ -6,13 +6,17 @@ from state.redis.keys import SCHEMA
 
 _COMMANDS = (
     # scripts, and what they call; all of it is held to the key patterns
-    "+eval +evalsha +@hash +@sortedset +@string +del +exists +type +expire +pexpire +persist +time",
+    "+eval +evalsha +@hash +@sortedset +del +pexpire +time",
+    # where each replica can be asked
+    "+get +set",
     # messages
-    "+publish +subscribe +unsubscribe",
-    # what every connection says
+    "+publish +subscribe",
+    # what connections say
     "+ping +select +client|setname",
 )
-CLUSTER_COMMANDS = "+cluster|slots +command"
+AUDIT_COMMANDS = "+scan"
+"""With these as well, `tiergate state audit` finds keys that belong to nobody. SCAN shows all keys' names."""
+CLUSTER_COMMANDS = "+cluster|slots +command +exists"
 """What a client of a Cluster asks besides."""
 SENTINEL_RULE = "-@all +ping +client|setname +sentinel|masters"
 """All that Tiergate asks of a Sentinel."""
