@@ -12,7 +12,7 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from gateway.server import GatewayServer
@@ -48,7 +48,6 @@ class Acceptor:
         self._tasks = tasks
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
-        self._waited = False
         self._arriving = 0
         self.accepting = False
 
@@ -80,21 +79,29 @@ class Acceptor:
         for listener in self._listeners:
             self._loop.add_reader(listener, self._ready, listener)
 
-    def _wait(self, seconds: float) -> None:
+    def _pause_for(self, seconds: float, then: Callable[[], None]) -> None:
         """Look away for so long: a socket that is not accepted from would wake the loop again and again."""
         for listener in self._listeners:
             self._loop.remove_reader(listener)
-        self._pause = self._loop.call_later(seconds, self._listen)
+        self._pause = self._loop.call_later(seconds, then)
+
+    def _insist(self) -> None:
+        """The siblings had their chance: take who waits still."""
+        self._listen()
+        for listener in self._listeners:
+            if self._pause is None:
+                self._take(listener)
 
     def _ready(self, listener: socket.socket) -> None:
         """Somebody connects: take one connection, or let a sibling take it."""
         if self._pause is not None or not self.accepting:
             return
-        if not self._waited and not self._turns.mine(self._server.open_connections + self._arriving):
-            self._waited = True
-            self._wait(_YIELD_S)
-            return
-        self._waited = False
+        if self._turns.mine(self._server.open_connections + self._arriving):
+            self._take(listener)
+        else:
+            self._pause_for(_YIELD_S, self._insist)
+
+    def _take(self, listener: socket.socket) -> None:
         try:
             connection, _ = listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -103,7 +110,7 @@ class Acceptor:
             if error.errno not in _EXHAUSTED:
                 raise
             log.error("cannot accept a connection: %s", error)
-            self._wait(_EXHAUSTED_S)
+            self._pause_for(_EXHAUSTED_S, self._listen)
             return
         connection.setblocking(False)
         self._arriving += 1
