@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -54,6 +56,42 @@ class Evidence(BaseModel):
             steps={name: steps.worth(factor) for name, steps in self.steps.items()},
             lengths=None if self.lengths is None else self.lengths.worth(factor),
             chars_per_token=self.chars_per_token,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What all other sources observed, taken together.
+
+    Attributes:
+        steps: by backend; one for each profile that it was observed against.
+        chars_per_token: by model, the median of what they found.
+    """
+
+    steps: Mapping[str, tuple[StepEvidence, ...]] = field(default_factory=dict)
+    lengths: tuple[LengthEvidence, ...] = ()
+    chars_per_token: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, others: Iterable[Evidence]) -> Heard:
+        """Takes a while for many sources; needs no event loop."""
+        steps: dict[str, dict[str, list[StepEvidence]]] = {}
+        lengths: dict[int, list[LengthEvidence]] = {}
+        ratios: dict[str, list[float]] = {}
+        for other in others:
+            for backend, observed in other.steps.items():
+                steps.setdefault(backend, {}).setdefault(observed.base, []).append(observed)
+            if other.lengths is not None:
+                lengths.setdefault(other.lengths.buckets, []).append(other.lengths)
+            for model, ratio in other.chars_per_token.items():
+                ratios.setdefault(model, []).append(ratio)
+        return cls(
+            {
+                backend: tuple(StepEvidence.merge(base, same) for base, same in sorted(by_base.items()))
+                for backend, by_base in steps.items()
+            },
+            tuple(LengthEvidence.merge(buckets, same) for buckets, same in sorted(lengths.items())),
+            {model: median(found) for model, found in ratios.items()},
         )
 
 
@@ -154,7 +192,7 @@ class Learned:
         self._path = path if owns_file else None
         self._lengths = Lengths()
         self._steps: dict[str, ProfiledSteps] = {}
-        self._heard: dict[str, Evidence] = {}
+        self._heard = Heard()
         self._saved = Saved()
         if self._path is not None and self._path.exists():
             self._saved = Saved.model_validate_json(self._path.read_bytes())
@@ -210,7 +248,7 @@ class Learned:
         saved = self._saved.corrections.get(settings.name)
         if saved is not None:
             steps.restore(saved)
-        steps.hear(self._heard_of(settings.name))
+        steps.hear(self._heard.steps.get(settings.name, ()))
         self._steps[settings.name] = steps
         return steps
 
@@ -236,18 +274,14 @@ class Learned:
             chars_per_token=self._counter.learned(),
         )
 
-    def hear(self, others: Mapping[str, Evidence]) -> None:
-        """What each other source observed, in place of what was heard before."""
-        if others == self._heard:
-            return
-        self._heard = dict(others)
+    def hear(self, others: Heard) -> None:
+        """What all other sources observed, in place of what was heard before."""
+        before, self._heard = self._heard, others
         for name, steps in self._steps.items():
-            steps.hear(self._heard_of(name))
-        self._lengths.hear([other.lengths for other in others.values() if other.lengths is not None])
-        self._counter.hear([other.chars_per_token for other in others.values()])
-
-    def _heard_of(self, backend: str) -> list[StepEvidence]:
-        return [other.steps[backend] for other in self._heard.values() if backend in other.steps]
+            if others.steps.get(name) != before.steps.get(name):
+                steps.hear(others.steps.get(name, ()))
+        self._lengths.hear(others.lengths)
+        self._counter.hear(others.chars_per_token)
 
     async def save(self) -> None:
         """Write the file, whole or not at all; nothing without a path. Raises OSError."""

@@ -254,7 +254,7 @@ class SharedPolicy:
         self._numbers.policy_refused_version = document.version
 
     async def change(self, edit: Edit, reason: str) -> Document:
-        """Make a new version and put it in force, here at once.
+        """Make a new version and put it in force, here at once; none where nothing would change.
 
         `edit` may raise what it likes to give up. Raises ConfigError for a policy that cannot be used,
         PolicyConflict, or StoreUnavailable: whether the change was made is then unknown until the store answers.
@@ -262,6 +262,8 @@ class SharedPolicy:
         async with self._lock:
             for _ in range(_TRIES):
                 policy = edit(self.policy)
+                if self._document is not None and not differences(policy, self.policy):
+                    return self._document  # somebody was first with the same
                 settings = await self._checked(policy)
                 answer = await self._put(_draft(policy, self._source, reason))
                 if isinstance(answer, Document):
@@ -298,6 +300,20 @@ class SharedPolicy:
             raise PolicyConflict(
                 f"{_named(found)} cannot be read here, so it cannot be changed here: use a replica that can"
             )
+
+    async def restore(self, version: int) -> Document:
+        """Make an earlier version's policy the newest. Raises LookupError when it is not kept any more, and as
+        `change` does."""
+        for document in await self._documents.history():
+            if document.version == version:
+                break
+        else:
+            raise LookupError(f"version {version} is not kept any more")
+        try:
+            policy = read_body(document)
+        except PolicyRefused as error:
+            raise ConfigError(str(error)) from None
+        return await self.change(lambda now: policy, f"version {version} again")
 
     async def reload(self, file: Settings) -> None:
         """A file that was read again: its own settings are in force at once, its policy as a new version where it

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 from pydantic import ValidationError
 
-from gateway.learning import Evidence
+from gateway.learning import Evidence, Heard
 from state.contract import StoreUnavailable
 from state.documents import Contribution, Documents
 
@@ -35,7 +36,7 @@ class Sharer(Protocol):
 
     def evidence(self) -> Evidence: ...
 
-    def hear(self, others: dict[str, Evidence]) -> None: ...
+    def hear(self, others: Heard) -> None: ...
 
 
 class Sharing:
@@ -63,13 +64,18 @@ class Sharing:
         """Hear the others, and tell what is new here. Raises StoreUnavailable."""
         found = await self._documents.contributions()
         own = self._learned.source
-        others = {source: self._read(source, given) for source, given in found.items() if source != own}
-        self._learned.hear({source: evidence for source, evidence in others.items() if evidence is not None})
+        others = {source: given for source, given in found.items() if source != own}
+        # Elsewhere: dozens of sources are some megabytes, and streams must not wait for them.
+        self._learned.hear(await asyncio.to_thread(self._heard, others))
         body = self._learned.evidence().model_dump_json(exclude_defaults=True)
         # A store that forgot is told again; one that knows is left alone, so that its age is that of the evidence.
         if body != self._told or (own not in found and body != _NOTHING):
             await self._documents.contribute(own, body)
             self._told = body
+
+    def _heard(self, others: Mapping[str, Contribution]) -> Heard:
+        read = [self._read(source, given) for source, given in others.items()]
+        return Heard.of(evidence for evidence in read if evidence is not None)
 
     def _read(self, source: str, given: Contribution) -> Evidence | None:
         """Evidence by its age; None for what another version wrote in another form."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Protocol
 
 from gateway.config import ConfigError, TokenSettings
@@ -94,14 +93,9 @@ class TokenCounter:
         """Characters per token by model, to be saved."""
         return {model: ratio.chars / ratio.tokens for model, ratio in self._ratios.items()}
 
-    def hear(self, others: Iterable[Mapping[str, float]]) -> None:
-        """What other replicas learned, each by model: their median is the start of a model that is not known
-        here."""
-        by_model: dict[str, list[float]] = {}
-        for ratios in others:
-            for model, chars_per_token in ratios.items():
-                by_model.setdefault(model, []).append(chars_per_token)
-        self._heard = {model: median(ratios) for model, ratios in by_model.items()}
+    def hear(self, others: Mapping[str, float]) -> None:
+        """What other replicas found, by model: where a model begins that is not known here."""
+        self._heard = dict(others)
 
     def _start(self, model: str) -> float:
         return self._heard.get(model, self._prior)

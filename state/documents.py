@@ -9,7 +9,8 @@ written first. So a replica that starts beside an emptied store and seeds it fro
 others serve by.
 
 **Contributions** are what each replica learned by itself, never what it heard from others, so that summing them
-counts nothing twice. They have an age, by the store's clock, and end after a day.
+counts nothing twice. They have an age, by the store's clock, and end after a day, or when `CONTRIBUTIONS` younger
+ones have come.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 HISTORY = 16
@@ -26,6 +27,9 @@ HISTORY = 16
 
 CONTRIBUTION_S = 86_400.0
 """How long a contribution is kept after it was last written."""
+
+CONTRIBUTIONS = 64
+"""Contributions that are kept: the last written. Every process that ran since yesterday may have left one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +39,14 @@ class Draft:
     Attributes:
         change_id: of this change alone; a put that is asked again by the same id is done once.
         schema: of the body; a reader that does not know it leaves the body alone.
-        body: the policy.
+        body: the policy; engines' keys may stand in it, so it is not shown.
         author: the replica that wrote it.
         reason: why, for people.
     """
 
     change_id: str
     schema: int
-    body: str
+    body: str = field(repr=False)
     author: str
     reason: str
 
@@ -114,7 +118,7 @@ class Documents(Protocol):
         ...
 
     async def contributions(self) -> Mapping[str, Contribution]:
-        """What every source learned, by source."""
+        """What every source learned, by source; at most `CONTRIBUTIONS`."""
         ...
 
     async def run(self) -> None:
@@ -212,9 +216,11 @@ class MemoryDocuments:
 
     async def contribute(self, source: str, body: str) -> None:
         now_s = self._state.clock()
-        self._state.learned[source] = (now_s, body)
-        for old in [name for name, (at_s, _) in self._state.learned.items() if now_s - at_s > CONTRIBUTION_S]:
-            del self._state.learned[old]
+        learned = self._state.learned
+        learned.pop(source, None)
+        learned[source] = (now_s, body)  # the dict is in the order in which they were written
+        while len(learned) > CONTRIBUTIONS or now_s - next(iter(learned.values()))[0] > CONTRIBUTION_S:
+            del learned[next(iter(learned))]
 
     async def contributions(self) -> Mapping[str, Contribution]:
         now_s = self._state.clock()

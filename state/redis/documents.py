@@ -13,7 +13,7 @@ import weakref
 from collections.abc import AsyncGenerator, Mapping
 
 from state.contract import StoreUnavailable
-from state.documents import CONTRIBUTION_S, HISTORY, Contribution, Document, Draft, Stale, Watching
+from state.documents import CONTRIBUTION_S, CONTRIBUTIONS, HISTORY, Contribution, Document, Draft, Stale, Watching
 from state.redis.connect import ERRORS, Answer, Connection
 from state.redis.keys import Keys
 from state.redis.scripts import Argument, Runner, load_script, unavailable
@@ -91,7 +91,7 @@ class RedisDocuments:
             yield found
 
     async def contribute(self, source: str, body: str) -> None:
-        await self._do("contribute", source, body, round(CONTRIBUTION_S * 1e3))
+        await self._do("contribute", source, body, round(CONTRIBUTION_S * 1e3), CONTRIBUTIONS)
 
     async def contributions(self) -> Mapping[str, Contribution]:
         answer = await self._do("contributions")

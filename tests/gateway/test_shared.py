@@ -204,6 +204,30 @@ async def test_changes_that_do_not_touch_each_other_are_both_made() -> None:
         assert (one.tiers, one.shared.policy.keys) == (["only"], keys)
 
 
+async def test_the_same_change_on_all_replicas_is_one_version() -> None:
+    """A file that was rolled out, and a signal to everybody."""
+    state = MemoryDocumentState()
+    file = file_of(default_tier="batch")
+    async with (
+        replica(MemoryDocuments(state)) as one,
+        replica(MemoryDocuments(state)) as two,
+        replica(MemoryDocuments(state)) as three,
+    ):
+        await asyncio.gather(*(who.shared.reload(file) for who in (one, two, three)))
+        await until(lambda: one.version == two.version == three.version)
+        assert one.version == 2
+
+
+async def test_an_earlier_version_can_be_had_again() -> None:
+    async with replica(MemoryDocuments()) as one:
+        was = one.shared.policy
+        await one.shared.change(only_tier, "test")
+        again = await one.shared.restore(1)
+        assert (again.version, one.shared.policy) == (3, was)
+        with pytest.raises(LookupError):
+            await one.shared.restore(7)
+
+
 async def test_a_policy_that_cannot_be_used_changes_nothing() -> None:
     def check(settings: Settings) -> None:
         if settings.policy.name != "polyserve":

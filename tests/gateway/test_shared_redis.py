@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gateway.config import KeySettings
+from gateway.policy import FleetPolicy
 from gateway.shared import PolicySource
 from state.contract import StoreUnavailable
 from state.documents import Documents
@@ -19,6 +21,11 @@ from state.redis.rights import acl_rule
 from tests.gateway.policies import file_of, only_tier, replica
 from tests.gateway.rig import client, engine, gateway, settings_for, until
 from tests.servers import DataServer, Kind, Options
+
+
+def with_a_key(policy: FleetPolicy) -> FleetPolicy:
+    """The same policy with a client's key."""
+    return policy.model_copy(update={"keys": (KeySettings(sha256="0" * 64, tenant="t"),)})
 
 
 @contextlib.asynccontextmanager
@@ -55,7 +62,7 @@ async def test_without_persistence_the_policy_in_force_is_put_back(tmp_path: Pat
         await until(lambda: two.version == 2)
         server.kill()
         with pytest.raises(StoreUnavailable):
-            await one.shared.change(lambda policy: policy, "in vain")
+            await one.shared.change(with_a_key, "in vain")
         await server.start()
         # A replica that starts now has another file; what the others serve by stands.
         async with documents_of(server.url) as third, replica(third, file_of(default_tier="batch")) as late:
@@ -64,7 +71,7 @@ async def test_without_persistence_the_policy_in_force_is_put_back(tmp_path: Pat
             assert late.tiers == ["only"]
             assert await third.read() == changed
         # And changes are pushed as before.
-        await two.shared.change(lambda policy: policy.model_copy(update={"keys": ()}), "again")
+        await two.shared.change(with_a_key, "again")
         await until(lambda: one.version == 3)
 
 
@@ -146,7 +153,10 @@ async def test_a_change_on_one_gateway_is_served_by_the_other(tmp_path: Path) ->
         client(made) as ask,
         client(other) as ask2,
     ):
-        body = {"tiers": [{"name": "only", "ttft_ms": 3000, "tpot_ms": 80}], "default_tier": "only"}
+        body: dict[str, object] = {
+            "tiers": [{"name": "only", "ttft_ms": 3000, "tpot_ms": 80}],
+            "default_tier": "only",
+        }
         headers = {"authorization": "Bearer secret"}
         async with ask.session.put(f"{ask.base}/admin/v1/tiers", json=body, headers=headers) as answer:
             assert answer.status == 200
@@ -154,6 +164,7 @@ async def test_a_change_on_one_gateway_is_served_by_the_other(tmp_path: Path) ->
         async with ask2.chat() as answer:
             assert answer.headers["x-tiergate-tier"] == "only"
         await server.stop()
+        body["tiers"] = [{"name": "only", "tpot_ms": 90}]
         async with ask.session.put(f"{ask.base}/admin/v1/tiers", json=body, headers=headers) as answer:
             assert answer.status == 503
         async with ask2.chat() as answer:

@@ -13,6 +13,7 @@ import pytest
 
 from state.documents import (
     CONTRIBUTION_S,
+    CONTRIBUTIONS,
     HISTORY,
     Document,
     Documents,
@@ -241,6 +242,14 @@ async def test_each_source_has_one_contribution(documents: Documents, other_docu
     found = await other_documents.contributions()
     assert {source: contribution.body for source, contribution in found.items()} == {"a": "two", "b": "ä\x00"}
     assert all(0.0 <= contribution.age_s < CONTRIBUTION_S for contribution in found.values())
+
+
+async def test_the_last_contributions_are_kept(documents: Documents) -> None:
+    for number in range(CONTRIBUTIONS + 3):
+        await documents.contribute(f"s{number:03}", "x")
+    found = await documents.contributions()
+    assert len(found) == CONTRIBUTIONS
+    assert f"s{CONTRIBUTIONS + 2:03}" in found
 
 
 async def test_old_contributions_end() -> None:

@@ -75,14 +75,17 @@ function does.history()
   return entries
 end
 
--- ARGV: source, body, how long to keep contributions in ms
+-- ARGV: source, body, how long to keep contributions in ms, and how many
 function does.contribute()
   redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
   redis.call('ZADD', KEYS[3], string.format('%.0f', now), ARGV[2])
   local until_ms = string.format('(%.0f', now - tonumber(ARGV[4]))
-  for _, source in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', until_ms)) do
-    redis.call('HDEL', KEYS[2], source)
-    redis.call('ZREM', KEYS[3], source)
+  local old = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', until_ms)
+  for _, sources in ipairs({old, redis.call('ZRANGE', KEYS[3], 0, -1 - tonumber(ARGV[5]))}) do
+    for _, source in ipairs(sources) do
+      redis.call('HDEL', KEYS[2], source)
+      redis.call('ZREM', KEYS[3], source)
+    end
   end
   return 1
 end
