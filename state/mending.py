@@ -8,13 +8,14 @@ from typing import TypeVar
 
 from scheduling.load import Limits, ReserveCandidate
 from state.book import Book, Lease
-from state.contract import BackendLoad, Denied, Granted, Held, Publication, Store, StoreUnavailable
+from state.contract import BackendLoad, Denied, Held, Publication, Store, StoreUnavailable
 from state.deadline import within
 
 T = TypeVar("T")
 
 _EVERYTHING = Limits(2**53, 2**53, 2**53)
-ALONE_SUFFIX = "~"  # of what the store calls a lease that was granted without it
+ALONE_SUFFIX = "~"
+"""Ends the store's name of a lease that this replica granted on another backend than the store had."""
 _AT_ONCE = 32  # calls to the store side by side
 _TRIES = 3  # a membership may change between two of them
 
@@ -87,6 +88,7 @@ class Mending:
         await self._side_by_side(self._tell, book.untold())
         # A store that lost its last writes has forgotten leases that it had granted.
         await self._side_by_side(self._tell, book.short(await self.look_over()))
+        await self.settle_owed()
         await self._publish_own()
 
     async def _settle(self, store_id: str, nothing: None) -> None:
@@ -100,14 +102,17 @@ class Mending:
             site = book.sites.get(lease.backend)
             if site is None or book.leases.get(lease_id) is not lease:
                 return
-            if lease.store_id is None:
-                lease.store_id = lease_id + ALONE_SUFFIX
+            store_id = lease.store_id = lease.store_id or lease_id
             candidate = ReserveCandidate(lease.backend, lease.cost, _EVERYTHING, 0.0, site.membership.epoch)
-            answer = await self.ask(self._inner.reserve(lease.store_id, (candidate,)))
-            if isinstance(answer, Granted):
+            answer = await self.ask(self._inner.reserve(store_id, (candidate,)))
+            if isinstance(answer, Denied):
+                self.learn(answer)
+            elif answer.backend == lease.backend:
                 lease.told = True
                 return
-            self.learn(answer)
+            else:  # granted there before the answer was lost; a lease cannot be moved
+                self.owed[store_id] = None
+                lease.store_id = store_id + ALONE_SUFFIX
 
     async def _publish_own(self) -> None:
         """What was measured last, which the store may have missed."""

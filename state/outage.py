@@ -29,7 +29,7 @@ class Shelter:
     pulse_s: float = 1.0
     settle_s: float = 0.8
     lease_s: float = 10.0
-    engine_s: float = 3.0
+    engine_s: float = 2.0
     least_replicas: int = 1
 
 

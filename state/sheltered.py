@@ -115,11 +115,15 @@ class Sheltered:
         try:
             answer = await self._mending.ask(self._inner.reserve(lease_id, candidates))
         except StoreUnavailable as error:
-            # Whether it was granted is unknown: the store is to end it, and will know what is granted here by
-            # another name.
-            self._mending.owed[lease_id] = None
             self._cut(f"reserving: {error}")
-            return self._reserve_alone(lease_id, candidates)
+            alone = self._reserve_alone(lease_id, candidates)
+            # Whether the store granted it is unknown: it is asked again, or told the end, when it answers.
+            lease = book.leases.get(lease_id)
+            if lease is None:
+                self._mending.owed[lease_id] = None
+            else:
+                lease.store_id = lease_id
+            return alone
         if isinstance(answer, Denied):
             self._mending.learn(answer)
             return answer
@@ -148,8 +152,7 @@ class Sheltered:
             try:
                 answer = await self._mending.ask(self._inner.reserve(lease_id, (candidate,)))
             except StoreUnavailable as error:
-                self._mending.owed[lease_id] = None
-                lease.store_id, lease.told = None, False
+                lease.told = False
                 self._cut(f"reserving: {error}")
                 if book.has_ended(lease_id):
                     return self._denied(lease_id, candidates, foreign)

@@ -295,6 +295,21 @@ async def test_an_answer_that_was_lost_leaves_nothing_behind(fleet: Fleet) -> No
     assert await fleet.truth() == 0
 
 
+async def test_an_answer_that_was_lost_may_have_named_another_backend(fleet: Fleet) -> None:
+    store, inner = fleet.stores[0], fleet.inner[0]
+    epoch = (await store.add_backend("y", "chat")).epoch
+    fleet.fail(Fault.LOST)
+    theirs = ReserveCandidate("y", Cost(1, 1, 1, "chat", 50.0), Limits(2, 10**6, 10**6), 0.0, epoch)
+    # the store has room for two on y; this replica's share of that is none, so it takes x
+    assert await store.reserve("one", (theirs, fleet.candidate())) == Granted("one", "x")
+    assert (await inner.inner.view())["y"].own.decodes == 1
+    await fleet.heal()
+    loads = await inner.inner.view()
+    assert (loads["x"].own.decodes, loads["y"].own.decodes) == (1, 0)
+    await store.release("one")
+    assert await fleet.truth() == 0
+
+
 async def test_while_healing_the_share_and_the_store_both_hold(fleet: Fleet) -> None:
     fleet.fail(Fault.GONE)
     assert await fleet.fill(0, "n") == 4

@@ -249,7 +249,7 @@ def test_replicas_that_are_cut_off_add_their_shares_at_most(
 def test_no_engine_passes_its_cap_by_its_own_count(
     filled: list[int], doing: list[tuple[bool, int, int, int]]
 ) -> None:
-    """Alone for long, with counts that are never older than `engine_s`."""
+    """Alone for long, with counts that are never older than they may be."""
 
     async def scene() -> None:
         stand = Stand(MOST)
@@ -261,7 +261,7 @@ def test_no_engine_passes_its_cap_by_its_own_count(
         for begins, replica, number, tenths in doing:
             stand.clock.now_s += tenths / 10
             for each in range(REPLICAS):
-                if stand.clock.now_s - counted[each] > 2.5 or (each == replica and number % 5 == 0):
+                if stand.clock.now_s - counted[each] > 1.5 or (each == replica and number % 5 == 0):
                     counted[each] = stand.clock.now_s
                     await stand.stores[each].note_engine("x", stand.total)
             if begins:
