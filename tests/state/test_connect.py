@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
-from state.redis import connect as connecting
+from state.redis import messages
 from state.redis.address import Address, Deployment, parse_url
 from state.redis.connect import ERRORS, Connection, ConnectOptions, Message, Subscription, connect
 from state.redis.rights import SENTINEL_RULE, acl_rule
@@ -123,7 +123,7 @@ async def test_a_killed_server_is_found_again(server: DataServer) -> None:
 async def test_a_silent_peer_ends_a_subscription_and_a_quiet_one_does_not(
     server: DataServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connecting, "SILENCE_S", 0.2)
+    monkeypatch.setattr(messages, "SILENCE_S", 0.2)
     async with connect(parse_url(server.url), QUICK) as connection:
         subscription = await connection.subscribe("news")
         for _ in range(20):
