@@ -390,6 +390,8 @@ class Sheltered:
 
     def _cut(self, why: str) -> None:
         """The store is silent: go on alone."""
+        if self._closed:
+            return  # it is this handle that is silent
         if self._outage.mode is Mode.SHARED:
             self._outage.count(self._inner.replicas, self._clock())
         if self._outage.cut(why, self._mending.heard_s):
