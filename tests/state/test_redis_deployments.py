@@ -27,7 +27,7 @@ from state.redis.codec import Picture
 from state.redis.directory import Directory
 from state.redis.documents import RedisDocuments
 from state.redis.inventory import InventoryReader
-from state.redis.rights import AUDIT_COMMANDS, acl_rule
+from state.redis.rights import AUDIT_COMMANDS, SENTINEL_RULE, acl_rule
 from state.redis.store import RedisStore, StoreOptions
 from tests.server_groups import DataCluster, Watched
 from tests.servers import DataServer, Kind, Options, make_certificates
@@ -160,6 +160,12 @@ async def test_the_documented_rights_are_enough_for_all_the_store_does(
     ):
         await _tour(fleet, asking)
         assert _denied(server) == []
+
+
+def test_the_documentation_gives_these_rights() -> None:
+    told = (Path(__file__).parents[2] / "docs" / "state.md").read_text()
+    assert f" {acl_rule()}\n" in told
+    assert f"`{SENTINEL_RULE}`" in told
 
 
 def _denied(server: DataServer) -> list[str]:
