@@ -26,6 +26,7 @@ REPLICAS = ("a", "b")
 BACKENDS = ("x", "y", "http://backend|one:8000")
 LEASES = tuple(f"l{i}" for i in range(8))
 TIERS = ("code", "chat mode")
+NEVER_EPOCHS = (-7, -7)
 replicas = st.sampled_from(REPLICAS)
 backends = st.sampled_from(BACKENDS)
 leases = st.sampled_from(LEASES)
@@ -140,7 +141,7 @@ class Two(RuleBasedStateMachine):
         sides = range(2)
         asked = [
             [
-                ReserveCandidate(name, cost, box, tightest, known.get(name, (7, 7))[side])
+                ReserveCandidate(name, cost, box, tightest, known.get(name, NEVER_EPOCHS)[side])
                 for name in order[: 1 + len(order) // (1 + again)]
             ]
             for side in sides
@@ -192,7 +193,7 @@ class Two(RuleBasedStateMachine):
     def move(self, replica: str, backend: str, tier: str | None, stale: bool) -> None:
         """A claim, or handing back."""
         known = self.old_epochs[-1] if stale and self.old_epochs else self.epochs()
-        epochs = known.get(backend, (7, 7))
+        epochs = known.get(backend, NEVER_EPOCHS)
         self.old_epochs.append(self.epochs())
         answers: list[Changed | Conflict] = []
         for side, store in enumerate(self.stores[replica]):

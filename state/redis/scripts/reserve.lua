@@ -29,8 +29,9 @@ if not redis.call('ZSCORE', KEYS[3], lease) then
     if standings[i] then
       local decodes, kv, prefill, pace, most_decodes, most_kv, most_prefill, assumed, asked_epoch =
         struct.unpack('<ddddddddd', numbers, 72 * i - 71)
-      local epoch, birth, home, tightest, all_decodes, all_kv, all_prefill, leases, residents =
-        cmsgpack.unpack(standings[i])
+      -- Without the residents, which only a grant and a denial need.
+      local rest, epoch, birth, home, tightest, all_decodes, all_kv, all_prefill, leases =
+        cmsgpack.unpack_limit(standings[i], 8, 0)
       if epoch == asked_epoch and tightest >= assumed and all_decodes + decodes <= most_decodes
         and all_kv + kv <= most_kv and all_prefill + prefill <= most_prefill
       then
@@ -38,6 +39,7 @@ if not redis.call('ZSCORE', KEYS[3], lease) then
         local part_field, pace_field = 'r|' .. replica .. '|' .. backend, 'p|' .. backend
         local blobs = redis.call('HMGET', KEYS[1], part_field, pace_field)
         local time = redis.call('TIME')
+        local _, residents = cmsgpack.unpack_one(standings[i], rest)
         local part = blobs[1] and {cmsgpack.unpack(blobs[1])} or {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}, {}, ''}
         part[4] = part[4] + decodes
         part[5] = part[5] + kv
