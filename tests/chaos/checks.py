@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from adapters.emulated.journal import Fate
+from adapters.emulated.journal import Entry, Fate
 from scheduling.scoring import RequestEnd
 from tests.chaos.evidence import Evidence, Passage
 from tests.chaos.faults import Harm
@@ -150,15 +150,29 @@ def peaks(evidence: Evidence, rules: Rules) -> tuple[dict[str, Peak], dict[str, 
             for window in evidence.faults_of("redis")
         ]
         away += [(window.from_s, window.until_s + rules.calm_s) for window in evidence.faults_of(engine)]
-        for entry in entries:
-            kept = troubled if any(since <= entry.at_s <= until for since, until in away) else calm
-            if engine not in kept or entry.open_sequences > kept[engine].sequences:
-                kept[engine] = Peak(engine, entry.at_s, entry.open_sequences)
+        for at_s, sequences in _of_clients(entries):
+            kept = troubled if any(since <= at_s <= until for since, until in away) else calm
+            if engine not in kept or sequences > kept[engine].sequences:
+                kept[engine] = Peak(engine, at_s, sequences)
     return calm, troubled
 
 
+def _of_clients(entries: Sequence[Entry]) -> Iterator[tuple[float, int]]:
+    """The engine's count over time, without the one-token question of a gateway that meets it."""
+    open_now: set[str] = set()
+    for entry in entries:
+        if entry.fate is Fate.SUBMITTED:
+            open_now.add(entry.sequence_id)
+        else:
+            open_now.discard(entry.sequence_id)
+        if len(open_now) != entry.open_sequences:  # the engine was killed, and all it had with it
+            open_now = {entry.sequence_id} if entry.fate is Fate.SUBMITTED else set()
+        probes = sum(f"-{PREFIX}" not in name for name in open_now)
+        yield entry.at_s, entry.open_sequences - probes
+
+
 def nothing_is_oversold(evidence: Evidence, rules: Rules) -> Iterator[str]:
-    """While the store lives, no engine ever has more sequences, running and waiting, than the cap."""
+    """While the store lives, no engine has more of the clients' sequences, running and waiting, than the cap."""
     calm, _ = peaks(evidence, rules)
     for peak in calm.values():
         if peak.sequences > rules.cap:

@@ -59,11 +59,16 @@ def gather(stand: Stand, clients: Sequence[Client], windows: Sequence[Window]) -
     """Read everything that was written down."""
     journals = {name: list(read_journal(stand.journal(name))) for name in stand.engines}
     records = [record for name in stand.gateways for record in _records(name, stand.request_log(name))]
+    return Evidence(clients, windows, journals, records, passages_of(journals))
+
+
+def passages_of(journals: Mapping[str, Sequence[Entry]]) -> dict[str, list[Passage]]:
+    """What every engine did with every request, by request."""
     passages: dict[str, list[Passage]] = {}
     for name, entries in journals.items():
         for passage in _passages(name, entries):
             passages.setdefault(passage.request_id, []).append(passage)
-    return Evidence(clients, windows, journals, records, passages)
+    return passages
 
 
 def _records(gateway: str, path: Path) -> list[Record]:

@@ -92,14 +92,21 @@ _APART_S = 2.0  # a process needs about so long to start again
 async def do_faults(
     faults: Sequence[Fault], actors: Mapping[str, Actor], start_s: float, told: list[Window]
 ) -> None:
-    """Do them on time (`start_s` on the clock of `time.monotonic`), and write down how long each really lasted."""
+    """Do them on time (`start_s` on the clock of `time.monotonic`), and write down how long each really lasted.
+    A fault waits for its actor to be back from the one before."""
     async with asyncio.TaskGroup() as tasks:
-        for fault in faults:
-            tasks.create_task(_do(fault, actors[fault.target], start_s, told))
+        for name, actor in actors.items():
+            its = [fault for fault in faults if fault.target == name]
+            tasks.create_task(_suffer(its, actor, start_s, told))
 
 
-async def _do(fault: Fault, actor: Actor, start_s: float, told: list[Window]) -> None:
-    await asyncio.sleep(max(start_s + fault.at_s - time.monotonic(), 0.0))
+async def _suffer(faults: Sequence[Fault], actor: Actor, start_s: float, told: list[Window]) -> None:
+    for fault in faults:
+        await asyncio.sleep(max(start_s + fault.at_s - time.monotonic(), 0.0))
+        await _do(fault, actor, told)
+
+
+async def _do(fault: Fault, actor: Actor, told: list[Window]) -> None:
     from_s = time.time()
     match fault.harm:
         case Harm.KILL:

@@ -65,6 +65,11 @@ class Process:
     def name(self) -> str:
         return self._name
 
+    @property
+    def ended_by_itself(self) -> int | None:
+        """Its exit code, when it has ended and nobody killed it."""
+        return None if self._process is None else self._process.poll()
+
     def log(self) -> str:
         """All it has written, over all its lives."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -114,7 +115,11 @@ async def run(plan: Plan, folder: Path) -> Report:
 
 async def _aftermath(stand: Stand, clients: Sequence[Client]) -> tuple[list[str], Settled | None]:
     """What is to be looked at while everything still runs."""
-    problems: list[str] = []
+    problems = [
+        f"{name} ended by itself with {process.ended_by_itself}"
+        for name, process in {**stand.engines, **stand.gateways}.items()
+        if process.ended_by_itself is not None
+    ]
     settled = None
     if stand.store is not None:
         settled = await wait_zero(stand, stand.size.lease_s)
@@ -139,12 +144,14 @@ async def _audit(stand: Stand) -> list[str]:
 
 
 async def _states(stand: Stand) -> dict[str, dict[str, object]]:
+    """What every gateway that answers says of itself."""
     headers = {"authorization": f"Bearer {ADMIN_TOKEN}"}
     found = {}
     async with aiohttp.ClientSession(headers=headers) as http:
         for name, port in stand.gateway_ports.items():
-            async with http.get(f"http://127.0.0.1:{port}/admin/v1/state") as answer:
-                found[name] = await answer.json()
+            with contextlib.suppress(aiohttp.ClientError):
+                async with http.get(f"http://127.0.0.1:{port}/admin/v1/state") as answer:
+                    found[name] = await answer.json()
     return found
 
 
@@ -154,7 +161,7 @@ async def _all_up(stand: Stand) -> None:
         while True:
             states = await _states(stand)
             backends = [one for state in states.values() for one in _list(state["backends"])]
-            if all(one["phase"] == "up" for one in backends):
+            if len(states) == len(stand.gateways) and all(one["phase"] == "up" for one in backends):
                 return
             await asyncio.sleep(0.1)
 
@@ -166,8 +173,9 @@ def _list(value: object) -> list[dict[str, object]]:
 
 async def _gateways_idle(stand: Stand) -> list[str]:
     """Whether the gateways' own books balance, and nobody is left in them."""
-    problems = []
-    for name, state in (await _states(stand)).items():
+    states = await _states(stand)
+    problems = [f"{name} does not answer" for name in stand.gateways if name not in states]
+    for name, state in states.items():
         requests = state["requests"]
         assert isinstance(requests, dict)
         if not requests["conserved"]:
