@@ -2,8 +2,8 @@
 
 Rounds of the run that the tests make (tests/chaos): real Redis, emulated engines, gateways, mixed-tier load, and
 kill -9, SIGSTOP and vanishing clients among them; each round with a seed of its own, every second one with a Redis
-that keeps its writes, and harsher from round to round. A round that fails can be repeated alone: `--seed N --rounds 1`
-with the harshness and the size that its line tells. What is printed is counted by the clients, by the engines' own
+that keeps its writes, and harsher from round to round. A round that fails can be repeated alone, with what its line
+tells: `--seed N --rounds 1 --harshness H --store kept`. What is printed is counted by the clients, by the engines' own
 journals, and in the store itself.
 """
 
@@ -85,11 +85,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, help="at most so many")
-    parser.add_argument(
-        "--round-s", type=float, default=60.0, help="length of a round's load; default: %(default)s"
-    )
+    parser.add_argument("--round-s", type=float, default=60.0, help="of a round's load; default: %(default)s")
     parser.add_argument("--seed", type=int, help="of the first round; default: drawn")
     parser.add_argument("--harshness", type=float, help="how many times as many faults; default: by round")
+    parser.add_argument("--store", choices=("kept", "emptied"), help="what a killed Redis comes back with")
     parser.add_argument("--gateways", type=int, default=3)
     parser.add_argument("--engines", type=int, default=4)
     parser.add_argument("--cap", type=int, default=6, help="sequences on an engine; default: %(default)s")
