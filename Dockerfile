@@ -14,7 +14,7 @@ COPY workloads workloads
 COPY loadgen loadgen
 COPY workloads workloads
 COPY tiergate tiergate
-RUN /opt/tiergate/bin/pip install --no-cache-dir -c constraints.txt ".[tokenizer]"
+RUN /opt/tiergate/bin/pip install --no-cache-dir -c constraints.txt ".[embedded,tokenizer]"
 
 FROM python:3.11.13-slim-bookworm
 RUN useradd --system --uid 10001 --create-home tiergate

@@ -85,12 +85,13 @@ def wire(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Wir
 async def assemble(settings: Settings, which: Incarnation, clock: Callable[[], float] = time.monotonic) -> Wiring:
     """Everything a gateway needs, on the configured store and with the policy that the fleet has there. In the
     event loop that it will run in; a store that does not answer is waited for two seconds. Raises ConfigError."""
+    await asyncio.to_thread(checked_store, settings.store)
     shared = connect_state(settings.store, which.replica, clock, settings.workers)
     source = PolicySource(shared.documents, check_served, which.replica, which.adopt_file)
     begun = await begin(settings, source)
     dispatcher = make_dispatcher(begun.settings)
-    check_profiles(begun.settings)
-    learned = _learned(begun.settings, saves=which.saves)
+    await asyncio.to_thread(check_profiles, begun.settings)
+    learned = await asyncio.to_thread(_learned, begun.settings, saves=which.saves)
     made = _parts(begun.settings, dispatcher, shared.store(dispatcher), learned, clock)
     alone = settings.store.kind is StoreKind.MEMORY
     sharing = None if alone else Sharing(shared.documents, learned)
@@ -119,12 +120,19 @@ def reachable_host(host: str) -> str:
 
 def checked(settings: Settings) -> None:
     """Raises ConfigError for what would keep a gateway with these settings from starting. Asks nobody."""
-    store = settings.store
-    if store.kind is StoreKind.EMBEDDED:
-        check_embedded()
-    elif store.kind is StoreKind.REDIS:
-        _address(store, look=True)
+    checked_store(settings.store)
     wire(settings)
+
+
+def checked_store(settings: StoreSettings) -> None:
+    """The part of `checked` about the store and the files that its URL names. Blocking. Raises ConfigError."""
+    if settings.kind is StoreKind.EMBEDDED:
+        check_embedded()
+    elif settings.kind is StoreKind.REDIS:
+        try:
+            store_address(settings).check_files()
+        except BadStoreUrl as error:
+            raise _bad_url(error) from None
 
 
 def check_served(settings: Settings) -> None:
@@ -161,7 +169,7 @@ def connect_state(
     if settings.kind is StoreKind.EMBEDDED:
         raise ConfigError("store.url: `embedded` is for `tiergate serve`, which starts the store with its workers")
     timeout_s = settings.timeout_ms / 1e3
-    connection = connect(_address(settings), ConnectOptions(client_name=f"tiergate-{replica}"))
+    connection = connect(store_address(settings), ConnectOptions(client_name=f"tiergate-{replica}"))
 
     def store(dispatcher: Dispatcher) -> Store:
         def most_sequences(backend: str) -> int | None:
@@ -179,15 +187,16 @@ def connect_state(
     return SharedState(store, RedisDocuments(connection, settings.fleet), connection.close, directory)
 
 
-def _address(settings: StoreSettings, *, look: bool = False) -> Address:
-    """Where the store is; `look` at the files that it names as well. Raises ConfigError."""
+def store_address(settings: StoreSettings) -> Address:
+    """Where the store is, when it is a Redis. Raises ConfigError."""
     try:
-        address = parse_url(settings.url.get_secret_value())
-        if look:
-            address.check_files()
+        return parse_url(settings.url.get_secret_value())
     except BadStoreUrl as error:
-        raise ConfigError(str(error).replace("store URL:", "store.url:", 1)) from None
-    return address
+        raise _bad_url(error) from None
+
+
+def _bad_url(error: BadStoreUrl) -> ConfigError:
+    return ConfigError(str(error).replace("store URL:", "store.url:", 1))
 
 
 def make_dispatcher(settings: Settings) -> Dispatcher:

@@ -142,6 +142,14 @@ async def _tier(ask: Client) -> str:
         (["check", "--config", "/nowhere.yaml"], 2, "No such file"),
         (["serve"], 2, "no backend: give --backend"),
         (["check"], 0, "Request log: standard output."),
+        (["check"], 0, "One process; state in memory."),
+        (
+            ["check", "--store", "redis://user:secret@h:7/0", "--workers", "2"],
+            0,
+            "2 workers; state shared at redis://h:7/0 as fleet default.",
+        ),
+        (["check", "--store", "rediss://h:7/0?tls_ca=/nowhere"], 2, "store.url: tls_ca: /nowhere"),
+        (["check", "--store", "http://h:7"], 2, "store.url: must begin with redis://"),
     ],
 )
 async def test_check_explains(tiergate_command: list[str], arguments: list[str], code: int, told: str) -> None:

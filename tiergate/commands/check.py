@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from gateway.config import ConfigError, Settings
+from gateway.config import ConfigError, Settings, StoreKind
 from gateway.requestlog import unwritable
 from profiles import load
 from tiergate.commands import UsageError
 from tiergate.commands.serve import add_settings_arguments, settings_of
-from tiergate.root import checked
+from tiergate.root import checked, store_address
 
 if TYPE_CHECKING:
     from tiergate.commands import Subparsers
@@ -61,6 +61,7 @@ def explain(settings: Settings) -> list[str]:
         lines.append(f"  {backend.name}: {backend.url}, engine {backend.engine.value}, models {models}; {place}")
         lines.append(f"    {_profile_line(backend.profile)}")
     lines += ["", f"Policy: {settings.policy.name}, seed {settings.seed}."]
+    lines.append(_shared(settings))
     keys = "anyone may use it" if not settings.keys else f"{len(settings.keys)} keys"
     admin = "closed (no admin_token)" if settings.admin_token is None else "open behind its token"
     lines.append(f"Access: {keys}; admin API {admin}.")
@@ -73,6 +74,18 @@ def explain(settings: Settings) -> list[str]:
     lines.append(f"Request log: {' and '.join(sinks) or 'none'}.")
     lines.append("The configuration can be served." if settings.backends else "The configuration is valid.")
     return lines
+
+
+def _shared(settings: Settings) -> str:
+    store, workers = settings.store, settings.workers
+    processes = "One process" if workers == 1 else f"{workers} workers"
+    match store.kind:
+        case StoreKind.MEMORY:
+            return f"{processes}; state in memory."
+        case StoreKind.EMBEDDED:
+            return f"{processes}; state in a Valkey that is started with them."
+        case StoreKind.REDIS:
+            return f"{processes}; state shared at {store_address(store)} as fleet {store.fleet}."
 
 
 def _profile_line(name: str | None) -> str:

@@ -19,7 +19,7 @@ from gateway.config import ConfigError, Settings, StoreKind, load, parse_backend
 from gateway.learning import Learned
 from gateway.requestlog import LogFile
 from tiergate.commands import CommandFailed, UsageError
-from tiergate.root import Incarnation, assemble, checked
+from tiergate.root import Incarnation, assemble
 from tiergate.upkeep import (
     calm_collector,
     open_request_log,
@@ -103,7 +103,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         if settings.workers > 1 or settings.store.kind is StoreKind.EMBEDDED:
             return supervise(args, settings)
-        checked(settings)
         log_file = open_request_log(settings)
         try:
             uvloop.run(serve(args, settings, log_file))

@@ -1,6 +1,6 @@
 """Workers behind one port, as real processes: what clients see when workers die, are replaced, or stop.
 
-The engines are emulated. The tests of the first part share one service, and each leaves it as it was.
+The engines are emulated. The tests of the first part share one service; each but the last leaves it as it was.
 """
 
 from __future__ import annotations
@@ -179,6 +179,27 @@ async def _kept_open(service: Service) -> list[bytes]:
     return heads
 
 
+async def test_sighup_reaches_every_worker(service: Service) -> None:
+    await _all_up(service)
+    settings = orjson.loads(service.config.read_bytes())
+    before = settings["tiers"]
+    try:
+        settings["tiers"] = [{**tier, "ttft_ms": tier["ttft_ms"] + 1} for tier in before]
+        service.config.write_bytes(orjson.dumps(settings))
+        service.supervisor.signal(signal.SIGHUP)
+        async with clients() as session:
+
+            async def everywhere() -> bool:
+                found = [orjson.loads((await admin(session, service, "tiers"))[1])["tiers"] for _ in range(6)]
+                return all(tiers[0]["ttft_ms"] == before[0]["ttft_ms"] + 1 for tiers in found)
+
+            await until_told(everywhere)
+    finally:
+        settings["tiers"] = before
+        service.config.write_bytes(orjson.dumps(settings))
+        service.supervisor.signal(signal.SIGHUP)
+
+
 async def test_sigterm_to_one_worker_replaces_it(service: Service) -> None:
     await _all_up(service)
     old = service.workers()
@@ -211,6 +232,21 @@ async def test_the_embedded_store_is_started_again(service: Service) -> None:
         assert whole(await stream(session, service, 2), 2)
 
 
+# The last one of the shared service: it does not leave it as it was.
+async def test_when_the_supervisor_is_killed_the_workers_finish_and_the_address_is_free(service: Service) -> None:
+    await _all_up(service)
+    workers, (watcher,) = service.workers(), service.watchers()
+    async with clients() as session:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(stream(session, service, 2 * TOKENS)) for _ in range(6)]
+            await asyncio.sleep(0.7)
+            service.supervisor.signal(signal.SIGKILL)
+            await until_told(lambda: _is(ready(session, service), 0))
+            assert all(alive(pid) for pid in workers), "the workers still have streams"
+        assert all(whole(one.result(), 2 * TOKENS) for one in running)
+    await until(lambda: not any(alive(pid) for pid in (*workers, watcher)))
+
+
 # --- services of their own -------------------------------------------------------------------------------------
 
 
@@ -237,20 +273,6 @@ async def test_sigterm_lets_streams_end_and_a_second_signal_does_not(tmp_path: P
 
 async def _is(told: object, wanted: int) -> bool:
     return bool(await told == wanted)  # type: ignore[misc]
-
-
-async def test_when_the_supervisor_is_killed_the_workers_finish_and_the_address_is_free(tmp_path: Path) -> None:
-    with serving(tmp_path / "one", "--workers", "2", "--store", "embedded") as service:
-        workers, (watcher,) = service.workers(), service.watchers()
-        async with clients() as session:
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(stream(session, service, 2 * TOKENS)) for _ in range(6)]
-                await asyncio.sleep(0.7)
-                service.supervisor.signal(signal.SIGKILL)
-                await until_told(lambda: _is(ready(session, service), 0))
-                assert all(alive(pid) for pid in workers), "the workers still have streams"
-            assert all(whole(one.result(), 2 * TOKENS) for one in running)
-        await until(lambda: not any(alive(pid) for pid in (*workers, watcher)))
 
 
 def test_workers_that_cannot_live_are_given_up(tmp_path: Path) -> None:
