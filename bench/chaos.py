@@ -2,9 +2,9 @@
 
 Rounds of the run that the tests make (tests/chaos): real Redis, emulated engines, gateways, mixed-tier load, and
 kill -9, SIGSTOP and vanishing clients among them; each round with a seed of its own, every second one with a Redis
-that keeps its writes, and harsher from round to round. A round that fails can be repeated alone, with what its line
-tells: `--seed N --rounds 1 --harshness H --store kept`. What is printed is counted by the clients, by the engines' own
-journals, and in the store itself.
+that keeps its writes, and harsher from round to round. A round that fails can be repeated alone, with what its row
+tells: `--seed N --rounds 1 --harshness H --store kept`. What is printed is counted by the clients, by the engines'
+own journals, and in the store itself.
 """
 
 from __future__ import annotations
@@ -45,13 +45,8 @@ _COLUMNS = (
 def plan_of(number: int, seed: int, args: argparse.Namespace) -> Plan:
     """One round."""
     harshness = args.harshness or _HARSHNESS[number % len(_HARSHNESS)]
-    size = Size(
-        gateways=args.gateways,
-        engines=args.engines,
-        cap=args.cap,
-        lease_s=args.lease_s,
-        persistent=number % 2 == 1,
-    )
+    persistent = number % 2 == 1 if args.store is None else args.store == "kept"
+    size = Size(args.gateways, args.engines, args.cap, args.lease_s, persistent)
     shape = Shape(rate_rps=args.rate)
     most_down = min(1 + args.gateways // 2 + args.engines // 3, args.gateways + args.engines - 2)
     return Plan(seed, args.round_s, size=size, shape=shape, harshness=harshness, most_down=max(most_down, 1))
