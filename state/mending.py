@@ -24,7 +24,16 @@ class Mending:
     """Asks the store within the deadline, and keeps what it could not be told. All methods that ask raise
     StoreUnavailable."""
 
-    def __init__(self, inner: Store, book: Book, clock: Callable[[], float], deadline_s: float) -> None:
+    def __init__(
+        self,
+        inner: Store,
+        book: Book,
+        clock: Callable[[], float],
+        deadline_s: float,
+        answered: Callable[[], None],
+    ) -> None:
+        """`answered` is called after every answer, before anything is learned from it."""
+        self._answered = answered
         self._inner = inner
         self._book = book
         self._clock = clock
@@ -41,6 +50,7 @@ class Mending:
             answer = await within(self._deadline_s, call)
         except TimeoutError:
             raise StoreUnavailable(f"no answer within {self._deadline_s * 1e3:.0f} ms") from None
+        self._answered()
         self.heard_s = self._clock()
         return answer
 

@@ -61,7 +61,7 @@ class Sheltered:
         self._options = options = options or Shelter()
         self._book = Book(caps)
         self._outage = Outage(options, on_mode)
-        self._mending = Mending(inner, self._book, clock, options.deadline_s)
+        self._mending = Mending(inner, self._book, clock, options.deadline_s, self._doubt)
         self._pulse_s = clock()  # when the store was last looked over
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
         self._lost: frozenset[str] = frozenset()  # backends where it had lost our load at the last look
@@ -132,6 +132,13 @@ class Sheltered:
             return self._denied(lease_id, candidates, {})
         if lease_id not in book.leases:
             taken = next(one for one in candidates if one.backend == answer.backend)
+            if self._inner.mode is Mode.HEALING:
+                now_s = self._clock()
+                refused = book.refusal(taken, self._outage.share(now_s), now_s)
+                if refused is not None:
+                    book.end(lease_id)
+                    await self._tell_end(lease_id)
+                    return self._denied(lease_id, candidates, {taken.backend: refused})
             book.begin(lease_id, taken, self._clock(), lease_id)
             if self._outage.mode is not Mode.SHARED:
                 book.granted_late(answer.backend, taken.cost)
@@ -344,6 +351,7 @@ class Sheltered:
             await asyncio.sleep(self._options.probe_s)
 
     def _hear(self, event: StoreEvent | HeldEvent) -> None:
+        self._doubt()
         if isinstance(event, HeldEvent):
             for watch in self._watches:
                 watch.notice_held(event)
@@ -378,8 +386,8 @@ class Sheltered:
     async def _look_shared(self, now_s: float) -> None:
         self._outage.count(self._inner.replicas, now_s)
         await self._mending.settle_owed()
-        if self._inner.mode is not Mode.SHARED:
-            self._cut("it does not count for all")
+        if self._inner.mode is Mode.ALONE:
+            self._cut("it does not answer")
         elif now_s - self._pulse_s >= self._options.pulse_s:
             self._pulse_s = now_s
             loads = await self._mending.pulse()
@@ -387,6 +395,11 @@ class Sheltered:
             lost, self._lost = self._lost, self._book.lost(loads, now_s - self._options.pulse_s)
             if (self._mending.wanted and not loads) or self._lost & lost:
                 self._cut("it has lost what it knew")
+
+    def _doubt(self) -> None:
+        """A store that knows that it forgot does not count for all; what it says of others may be too little."""
+        if self._outage.mode is Mode.SHARED and self._inner.mode is Mode.HEALING:
+            self._cut("it has lost what it knew")
 
     def _cut(self, why: str) -> None:
         """The store is silent: go on alone."""

@@ -417,8 +417,37 @@ async def test_a_store_that_is_suddenly_empty_is_noticed(fleet: Fleet) -> None:
     assert await fleet.truth() == 1
 
 
+async def test_what_a_store_grants_after_it_forgot_is_held_to_the_share(fleet: Fleet) -> None:
+    for lease in ("a", "b", "c"):
+        assert await fleet.reserve(1, lease)
+    await fleet.know()
+    emptied = MemoryState(fleet.clock)
+    fleet.inner[0].move_to(emptied)
+    fleet.epoch = (await fleet.inner[0].inner.add_backend("x", "chat")).epoch
+    fleet.stores[0]._book.restate("x", Membership("chat", fleet.epoch))
+    fleet.inner[0].shown_mode = Mode.HEALING
+    # of 12, the other has 3 that the store has forgotten: 9 are free, 3 of them for this one
+    assert await fleet.fill(0, "n") == 3
+    assert fleet.mode(0) is Mode.ALONE
+
+
+async def test_a_refused_grant_of_a_store_that_forgot_is_ended_there(fleet: Fleet) -> None:
+    assert await fleet.fill(1, "all") == 12
+    await fleet.know()
+    emptied = MemoryState(fleet.clock)
+    fleet.inner[0].move_to(emptied)
+    fleet.epoch = (await fleet.inner[0].inner.add_backend("x", "chat")).epoch
+    fleet.stores[0]._book.restate("x", Membership("chat", fleet.epoch))
+    fleet.inner[0].shown_mode = Mode.HEALING
+    assert not await fleet.reserve(0, "beyond")
+    fleet.inner[0].shown_mode = Mode.SHARED
+    await fleet.heal()
+    assert (await fleet.inner[0].inner.view())["x"].own.decodes == 0
+
+
 async def test_a_store_that_says_it_is_healing_is_not_trusted_yet(fleet: Fleet) -> None:
     fleet.inner[0].shown_mode = Mode.HEALING
+    await fleet.stores[0].view()
     await fleet.look()
     await fleet.look(2.0)
     assert fleet.mode(0) is Mode.HEALING

@@ -295,6 +295,23 @@ async def test_a_server_that_forgets_the_scripts_is_no_outage(tmp_path: Path) ->
         await made.whole()
 
 
+@KINDS
+async def test_a_server_that_is_emptied_while_it_runs(
+    kind: Kind, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    async with stand(kind, tmp_path) as made:
+        await made.traffic(12)
+        await made.calm()
+        made.server.ask("FLUSHALL")
+        await made.traffic(12)
+        assert made.worst <= MOST
+        await until(lambda: all(Mode.ALONE in replica.modes for replica in made.replicas))
+        record_property("healed_s", await made.healed())
+        await made.traffic(12)
+        assert made.worst <= MOST
+        await made.whole()
+
+
 async def test_one_replica_is_cut_off_from_the_server(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
