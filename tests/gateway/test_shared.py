@@ -258,6 +258,7 @@ async def test_a_newer_document_is_refused_and_what_is_in_force_stays() -> None:
         assert (one.version, one.shared.policy, one.numbers.policies_refused) == (1, was, 1)
         with pytest.raises(PolicyConflict, match="cannot be read here"):
             await one.shared.change(only_tier, "test")
+        assert one.numbers.policies_refused == 1  # met again, told once
         # One that starts now serves by its file.
         async with replica(MemoryDocuments(state), file_of(default_tier="batch")) as two:
             assert (two.version, two.numbers.policy_refused_version) == (0, 2)
