@@ -41,14 +41,18 @@ class Directory:
             if where is not None:
                 try:
                     async with asyncio.timeout(self._every_s):
-                        await self._connection.run("HSET", self._key, _URL, where)
-                        await self._connection.run("PEXPIRE", self._key, round(3e3 * self._every_s))
+                        await self.tell(where)
                     silent = False
                 except ERRORS as error:
                     if not silent:
                         log.debug("the store was not told where this replica is: %s", error)
                     silent = True
             await asyncio.sleep(self._every_s if where is not None and not silent else _LEAST_S / 4)
+
+    async def tell(self, url: str) -> None:
+        """Say once where this replica is. Raises `ERRORS`."""
+        await self._connection.run("HSET", self._key, _URL, url)
+        await self._connection.run("PEXPIRE", self._key, round(3e3 * self._every_s))
 
 
 async def read_addresses(connection: Connection, keys: Keys, replicas: Iterable[str]) -> dict[str, str]:
