@@ -88,6 +88,14 @@ class Mirror:
         self.orphans.difference_update(news.gone)
         return changes
 
+    def ahead_of(self, picture: Picture) -> bool:
+        """Whether a later membership is known here than there: then the store lost writes, if it is the newest."""
+        totals = picture.totals
+        return any(
+            name in totals and totals[name].membership.epoch < member.epoch
+            for name, member in self.memberships.items()
+        )
+
     def adopt(self, picture: Picture) -> Changes:
         """Take over the whole state; what differs from what was known is told."""
         now_s = self._clock()

@@ -384,8 +384,13 @@ class RedisStore:
     async def _look(self) -> codec.Picture:
         """The state, with this replica in it."""
         picture = await self.picture()
-        if self._era not in {_NEVER, picture.era}:
-            # At once, because who knows which backends there were must not learn that there are none.
+        if self._mirror.ahead_of(picture):
+            picture = await self.picture()  # the first may be older than an answer that came meanwhile
+        lost = self._mirror.ahead_of(picture)
+        if lost:
+            self._doubt()
+        if lost or self._era not in {_NEVER, picture.era}:
+            # At once: who knows which backends there were, and in which tiers, must not learn otherwise.
             await self._join(self._join_number)
             picture = await self.picture()
         return picture

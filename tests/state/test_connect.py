@@ -1,4 +1,8 @@
-"""Connections to real servers: plain, with rights, over TLS and sockets, through Sentinels, in a Cluster."""
+"""Connections to real servers: plain, with rights, over TLS and sockets, through Sentinels, in a Cluster.
+
+Failovers are slow, so each kind of group runs on one kind of server here and on the other in
+`test_redis_deployments.py`.
+"""
 
 from __future__ import annotations
 
@@ -215,10 +219,9 @@ async def test_a_socket_with_a_database_of_its_own(kind: Kind, tmp_path: Path) -
         assert (server.ask("DBSIZE"), "db3" in str(server.ask("INFO", "keyspace"))) == (0, True)
 
 
-@BOTH
-async def test_sentinels_lead_to_the_replica_that_took_over(kind: Kind, tmp_path: Path) -> None:
+async def test_sentinels_lead_to_the_replica_that_took_over(tmp_path: Path) -> None:
     """One Sentinel hangs from the start, and the replica that takes over lost the last write."""
-    async with Watched(kind, tmp_path, password="secret") as watched:
+    async with Watched(Kind.REDIS, tmp_path, password="secret") as watched:
         watched.sentinels[0].pause()
         async with connect(parse_url(watched.url), QUICK) as connection:
             await connection.run("EVAL", "return redis.call('SET', KEYS[1], 'first')", 1, "key")
@@ -252,9 +255,8 @@ async def test_sentinels_with_users_of_their_own(tmp_path: Path) -> None:
             assert "hush" not in str(caught.value)
 
 
-@BOTH
-async def test_a_cluster_routes_by_the_hash_tag_and_follows_a_failover(kind: Kind, tmp_path: Path) -> None:
-    async with DataCluster(kind, tmp_path, copies=1) as cluster:
+async def test_a_cluster_routes_by_the_hash_tag_and_follows_a_failover(tmp_path: Path) -> None:
+    async with DataCluster(Kind.VALKEY, tmp_path, copies=1) as cluster:
         connection = connect(parse_url(cluster.url), QUICK)
         async with connection:
             script = "redis.call('SET', KEYS[1], 'x') redis.call('SET', KEYS[2], 'x') return #KEYS"
