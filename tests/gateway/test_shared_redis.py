@@ -19,7 +19,8 @@ from state.redis.connect import connect
 from state.redis.documents import RedisDocuments
 from state.redis.rights import acl_rule
 from tests.gateway.policies import file_of, only_tier, replica
-from tests.gateway.rig import client, engine, gateway, settings_for, until
+from tests.gateway.rig import client, engine, gateway, settings_for, until, until_told
+from tests.server_groups import Watched
 from tests.servers import DataServer, Kind, Options
 
 
@@ -169,3 +170,30 @@ async def test_a_change_on_one_gateway_is_served_by_the_other(tmp_path: Path) ->
             assert answer.status == 503
         async with ask2.chat() as answer:
             assert answer.headers["x-tiergate-tier"] == "only"
+
+
+async def test_a_change_that_a_failover_lost_is_put_back(tmp_path: Path) -> None:
+    async with (
+        Watched(Kind.REDIS, tmp_path) as watched,
+        documents_of(watched.url) as first,
+        documents_of(watched.url) as second,
+        replica(first) as one,
+        replica(second) as two,
+    ):
+        await asyncio.to_thread(watched.primary.ask, "WAIT", 1, 10_000)
+        await watched.cut_replication()
+        changed = await one.shared.change(only_tier, "lost with the primary")
+        await until(lambda: two.version == 2)
+        watched.primary.kill()
+        await watched.promoted()
+
+        async def back() -> bool:
+            try:
+                return await first.read() == changed
+            except StoreUnavailable:
+                return False
+
+        await until_told(back)
+        assert one.tiers == two.tiers == ["only"]
+        made = await two.shared.change(with_a_key, "after it")
+        await until(lambda: one.version == made.version == 3)
