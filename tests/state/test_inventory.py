@@ -65,7 +65,12 @@ async def scene(request: pytest.FixtureRequest, asking: Asking) -> AsyncIterator
     carried = LoadVector(3, 420, 60, {"quick": 1, "batch": 2})
     held = [Held("m", "quick", 1.0, 1, 100)]
     assert await a.publish([Publication("x", carried, a.sequence_of("x") + 1)], held) == {"x"}
-    reader = InventoryReader(cluster.connection(), cluster.fleet)
+    connection = cluster.connection()
+    earlier, now = None, await connection.run("DEBUG", "DIGEST")
+    while now != earlier:  # the replicas still tell each other what they did
+        await asyncio.sleep(0.1)
+        earlier, now = now, await connection.run("DEBUG", "DIGEST")
+    reader = InventoryReader(connection, cluster.fleet)
     yield Scene(cluster, Keys.of(cluster.fleet), a, b, reader)
     await cluster.close()
 
