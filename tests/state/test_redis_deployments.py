@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import redis
 
 from scheduling.load import Limits, LoadVector
 from state.contract import (
@@ -27,11 +28,12 @@ from state.redis.codec import Picture
 from state.redis.directory import Directory
 from state.redis.documents import RedisDocuments
 from state.redis.inventory import InventoryReader
+from state.redis.keys import Keys
 from state.redis.rights import AUDIT_COMMANDS, SENTINEL_RULE, acl_rule
 from state.redis.store import RedisStore, StoreOptions
 from tests.server_groups import DataCluster, Watched
 from tests.servers import DataServer, Kind, Options, make_certificates
-from tests.state.conftest import Asking, ServedCluster
+from tests.state.conftest import PATIENT, Asking, ServedCluster
 
 FLEET = "eu"
 BRISK = StoreOptions(lease_s=1.0, timeout_s=1.0)
@@ -264,6 +266,24 @@ async def test_a_promoted_replica_that_lost_the_last_writes_is_told_what_is_miss
         await both.one.release("kept")
         await both.one.release("lost")
         assert await both.shows(0)
+
+
+async def test_a_lost_membership_is_told_before_the_store_is_read(redis_server: DataServer) -> None:
+    """Whoever reads first would otherwise believe the store, and nobody would know of the change any more."""
+    async with _fleet(redis_server.url, PATIENT) as fleet:
+        both = await _two(fleet)
+        keys = Keys.of(FLEET)
+        pool = await both.one.add_backend("y", None)
+        with redis.Redis(port=redis_server.port) as raw:
+            before = {key: raw.dump(key) for key in (keys.load, keys.meta)}
+            claimed = await both.two.claim("y", "chat", pool.epoch)
+            for key, value in before.items():
+                raw.restore(key, 0, value, replace=True)
+        assert isinstance(claimed, Changed)
+        await both.two.resync()
+        member = (await both.one.view())["y"].membership
+        assert member.tier == "chat"
+        assert member.epoch >= claimed.membership.epoch
 
 
 async def test_a_clusters_failover_loses_no_lease(tmp_path: Path, asking: Asking) -> None:
