@@ -36,18 +36,18 @@ class Service:
 
     def workers(self) -> list[int]:
         """Process ids of its workers, the oldest first."""
-        return sorted(_children(self.supervisor.pid, "tiergate.workers.worker"))
+        return sorted(children(self.supervisor.pid, "tiergate.workers.worker"))
 
     def watchers(self) -> list[int]:
         """Process ids of what watches over its store."""
-        return _children(self.supervisor.pid, "tiergate.workers.watcher")
+        return children(self.supervisor.pid, "tiergate.workers.watcher")
 
     def stores(self) -> list[int]:
         """Process ids of its store's servers."""
-        return [pid for watcher in self.watchers() for pid in _children(watcher, "valkey-server")]
+        return [pid for watcher in self.watchers() for pid in children(watcher, "valkey-server")]
 
 
-def _children(parent: int, wanted: str) -> list[int]:
+def children(parent: int, wanted: str) -> list[int]:
     """Child processes in whose command line something stands."""
     found = []
     for folder in Path("/proc").iterdir():

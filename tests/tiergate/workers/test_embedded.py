@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import redis
 
 from gateway.config import ConfigError, load
+from tests.tiergate.workers.rig import children, kill, until
 from tiergate.commands import CommandFailed
 from tiergate.root import checked
 from tiergate.workers.embedded import EmbeddedStore
@@ -39,6 +43,25 @@ async def test_it_answers_on_a_private_socket_and_leaves_nothing_behind(store: E
     client.close()
     await store.stop()
     assert not folder.exists()
+
+
+async def test_one_whose_watcher_is_killed_goes_on_with_all_that_it_holds(store: EmbeddedStore) -> None:
+    await store.start()
+    path = store.url.removeprefix("unix://")
+    client = redis.Redis(unix_socket_path=path)
+    client.set("kept", "yes")
+    (watcher,) = children(os.getpid(), path)
+    async with asyncio.TaskGroup() as tasks:
+        keeping = tasks.create_task(store.keep())
+        kill(watcher, signal.SIGKILL)
+        await until(lambda: len(set(children(os.getpid(), path)) - {watcher}) == 1)
+        await until(lambda: bool(client.ping()))
+        assert client.get("kept") == b"yes"
+        keeping.cancel()
+    await store.stop()
+    with pytest.raises(redis.ConnectionError):
+        client.ping()
+    client.close()
 
 
 @pytest.fixture
