@@ -221,6 +221,8 @@ async def running(settings: Settings, wiring: Wiring, *, listen: bool = True) ->
                 task.cancel()
             await asyncio.to_thread(gateway.log.flush)
             await gateway.fleet.close()
+            if wiring.sharing is not None:
+                await wiring.sharing.leave()
             await wiring.policy.documents.close()
             await wiring.store.close()
             await wiring.close()

@@ -7,6 +7,7 @@ that starts knows at once what the others know. What a source that is gone obser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Protocol
@@ -25,6 +26,7 @@ FRESH_S = 4 * SHARE_EVERY_S
 HALF_LIFE_S = 3_600.0
 """Evidence that is older than that counts half after each such time."""
 _AGAIN_S = 1.0
+_LEAVE_S = 0.5
 _NOTHING = "{}"
 
 
@@ -67,10 +69,20 @@ class Sharing:
         others = {source: given for source, given in found.items() if source != own}
         # Elsewhere: dozens of sources are some megabytes, and streams must not wait for them.
         self._learned.hear(await asyncio.to_thread(self._heard, others))
+        await self._tell(forgotten=own not in found)
+
+    async def leave(self) -> None:
+        """Tell what was observed since the last time, before this replica ends. A store that does not answer at
+        once is left without it."""
+        with contextlib.suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(_LEAVE_S):
+                await self._tell()
+
+    async def _tell(self, *, forgotten: bool = False) -> None:
         body = self._learned.evidence().model_dump_json(exclude_defaults=True)
         # A store that forgot is told again; one that knows is left alone, so that its age is that of the evidence.
-        if body != self._told or (own not in found and body != _NOTHING):
-            await self._documents.contribute(own, body)
+        if body != self._told or (forgotten and body != _NOTHING):
+            await self._documents.contribute(self._learned.source, body)
             self._told = body
 
     def _heard(self, others: Mapping[str, Contribution]) -> Heard:

@@ -398,6 +398,37 @@ async def test_racing_puts_on_two_gateways_have_one_winner() -> None:
                 assert first.live.now.settings.tiers == second.live.now.settings.tiers
 
 
+class Overtaken(MemoryDocuments):
+    """Somebody else always changes the tiers just before."""
+
+    def __init__(self, state: MemoryDocumentState) -> None:
+        super().__init__(state)
+        self.others = 0
+
+    async def put(self, draft: Draft, expected: int) -> Document | Stale:
+        if expected:
+            self.others += 1
+            policy = only_tier(read_body(Document(1, 0.0, draft)))
+            tier = policy.tiers[0].model_copy(update={"ttft_ms": 1000.0 + self.others})
+            body = to_body(policy.model_copy(update={"tiers": (tier,)}))
+            await super().put(replace(draft, change_id=f"other-{self.others}", body=body), expected)
+        return await super().put(draft, expected)
+
+
+@pytest.mark.parametrize(("conditional", "status"), [(False, 409), (True, 412)])
+async def test_a_put_that_somebody_overtook_is_a_conflict(conditional: bool, status: int) -> None:
+    source = PolicySource(Overtaken(MemoryDocumentState()))
+    async with engine() as one, gateway(settings_for(one), policy=source) as made, client(made) as ask:
+        url = f"{ask.base}/admin/v1/tiers"
+        async with ask.session.get(url, headers=_TOKEN) as answer:
+            etag = answer.headers["etag"]
+        headers = _TOKEN | ({"if-match": etag} if conditional else {})
+        async with ask.session.put(url, json=_ONLY, headers=headers) as answer:
+            assert answer.status == status
+            assert "changed" in (await answer.json())["detail"]
+        assert made.live.now.settings.tiers[0].ttft_ms == 1001.0  # the other's are in force
+
+
 async def test_backends_and_keys_of_one_gateways_file_come_to_the_other() -> None:
     async with engine() as one, engine() as two:
         settings = settings_for(one)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from adapters.contract import Capabilities
+from gateway.app import running
 from gateway.config import BackendSettings, TokenSettings
 from gateway.learning import Learned
 from gateway.pace import StepSample
@@ -15,7 +17,8 @@ from gateway.sharing import FRESH_S, HALF_LIFE_S, Sharing
 from gateway.tokens import TokenCounter
 from state.contract import StoreUnavailable
 from state.documents import Contribution, MemoryDocuments, MemoryDocumentState
-from tests.gateway.rig import PROFILE, until
+from tests.gateway.rig import PROFILE, client, engine, settings_for, settled, until
+from tiergate.root import wire
 
 _BACKEND = BackendSettings(url="http://a:1", name="a", profile=PROFILE)
 _CAPABILITIES = Capabilities("vllm")
@@ -159,6 +162,24 @@ async def test_a_store_that_forgot_is_told_again() -> None:
     told = state.learned.pop(old.learned.source)
     await old.sharing.once()
     assert state.learned[old.learned.source][1] == told[1]
+
+
+async def test_a_gateway_tells_what_it_learned_when_it_ends() -> None:
+    state = MemoryDocumentState()
+    async with engine() as one:
+        settings = settings_for(one)
+        wiring = await asyncio.to_thread(wire, settings)
+        assert isinstance(wiring.teachers, Learned)
+        wiring = replace(wiring, sharing=Sharing(MemoryDocuments(state), wiring.teachers))
+        async with running(settings, wiring) as made, client(made) as ask:
+            await until(lambda: made.fleet.up == 1)
+            assert state.learned == {}
+            for _ in range(3):
+                await ask.read_chat()
+            await settled(made)
+    fresh = await _replica(state)
+    await fresh.sharing.once()
+    assert fresh.counter.estimate("test-model", 4_000) > 1_000
 
 
 class Silent(MemoryDocuments):
