@@ -64,8 +64,12 @@ class Mending:
 
     async def pulse(self) -> Mapping[str, BackendLoad]:
         """The same, by a store that takes writes as well."""
-        await self.ask(self._inner.publish((), self.held))
+        await self.sign()
         return await self.look_over()
+
+    async def sign(self) -> None:
+        """Give a sign of life, and get one."""
+        await self.ask(self._inner.publish((), self.held))
 
     def learn(self, answer: Denied) -> None:
         now_s = self._clock()

@@ -17,7 +17,8 @@ class Shelter:
     Attributes:
         deadline_s: the longest that any call waits for the store.
         probe_s: how often a silent store is asked whether it answers.
-        pulse_s: how often an answering store is asked how everything stands, though nobody else asks it.
+        pulse_s: an answering store that nobody has asked for so long is asked for a sign of life.
+        look_over_s: how often an answering store is asked how everything stands, and whether it lost anything.
         settle_s: how long the others are given, after the store's return, to tell what they carry.
         lease_s: the store's lease time.
         engine_s: an engine's own count is not used once it is older than this.
@@ -27,6 +28,7 @@ class Shelter:
     deadline_s: float = 0.1
     probe_s: float = 0.2
     pulse_s: float = 1.0
+    look_over_s: float = 5.0
     settle_s: float = 0.8
     lease_s: float = 10.0
     engine_s: float = 2.0

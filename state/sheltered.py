@@ -62,7 +62,7 @@ class Sheltered:
         self._book = Book(caps)
         self._outage = Outage(options, on_mode)
         self._mending = Mending(inner, self._book, clock, options.deadline_s, self._doubt)
-        self._pulse_s = clock()  # when the store was last looked over
+        self._looked_s = clock()  # when the store was last looked over
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
         self._lost: frozenset[str] = frozenset()  # backends where it had lost our load at the last look
         self._mended = False
@@ -388,13 +388,15 @@ class Sheltered:
         await self._mending.settle_owed()
         if self._inner.mode is Mode.ALONE:
             self._cut("it does not answer")
-        elif now_s - self._pulse_s >= self._options.pulse_s:
-            self._pulse_s = now_s
+        elif now_s - self._looked_s >= self._options.look_over_s:
+            self._looked_s = now_s
             loads = await self._mending.pulse()
             # What was just published or released may make a reading too small, but hardly two of them.
             lost, self._lost = self._lost, self._book.lost(loads, now_s - self._options.pulse_s)
             if (self._mending.wanted and not loads) or self._lost & lost:
                 self._cut("it has lost what it knew")
+        elif now_s - self._mending.heard_s >= self._options.pulse_s:
+            await self._mending.sign()
 
     def _doubt(self) -> None:
         """A store that knows that it forgot does not count for all; what it says of others may be too little."""

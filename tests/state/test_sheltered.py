@@ -18,7 +18,7 @@ from .faulty import Fault, FaultyStore
 
 ONE = Cost(1, 100, 50, "chat", 50.0)
 BOX = Limits(12, 10**6, 10**6)
-SHELTER = Shelter(deadline_s=0.02, lease_s=10.0, settle_s=0.8)
+SHELTER = Shelter(deadline_s=0.02, lease_s=10.0, settle_s=0.8, look_over_s=1.0)
 
 
 class Clock:
@@ -415,6 +415,16 @@ async def test_a_store_that_is_suddenly_empty_is_noticed(fleet: Fleet) -> None:
     await fleet.heal()
     assert fleet.mode(0) is Mode.SHARED
     assert await fleet.truth() == 1
+
+
+async def test_a_quiet_replica_notices_that_the_store_is_gone() -> None:
+    fleet = Fleet(1, Shelter(deadline_s=0.02))
+    await fleet.start()
+    fleet.fail(Fault.GONE)
+    await fleet.look(0.9)
+    assert fleet.mode(0) is Mode.SHARED
+    await fleet.look(0.2)
+    assert fleet.mode(0) is Mode.ALONE
 
 
 async def test_what_a_store_grants_after_it_forgot_is_held_to_the_share(fleet: Fleet) -> None:
