@@ -199,7 +199,10 @@ class Ladder:
         return retry_after_s(ticket, self._policy, self._fleet, held, now_s)
 
     def claim_for(self, ticket: Ticket, now_s: float) -> ev.Claim | None:
-        return self._elastic.claim_for(ticket, now_s) if self._policy.uses_tiers else None
+        """A backend for one that is held; none for one that found a place and lets others go first."""
+        if not self._policy.uses_tiers or now_s < (ticket.yields_until_s or 0.0):
+            return None
+        return self._elastic.claim_for(ticket, now_s)
 
     def try_on(self, ticket: Ticket, ledger: Ledger, now_s: float, out: list[ev.Action]) -> bool:
         stage = self._stage_on(ticket, ledger, now_s)

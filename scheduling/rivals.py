@@ -48,7 +48,9 @@ class Rivals:
         self, model: str, tier: str, due_s: float, ledger: Ledger, pace_s: float, now_s: float
     ) -> Waiting | None:
         """One of that model and tier that is due before `due_s` and could go to this backend; None when there is
-        none. `pace_s`: what everybody there has to keep."""
+        none, or when the backend is empty: there is room for both. `pace_s`: what everybody there has to keep."""
+        if not ledger.seqs:
+            return None
         for told_s, waiting in self._waiting.values():
             if now_s - told_s > BELIEVED_S:
                 continue
@@ -64,9 +66,9 @@ def _fits(one: Waiting, ledger: Ledger, pace_s: float) -> bool:
     backend = ledger.backend
     limits = backend.limits
     seqs = ledger.seqs + one.decodes
-    if ledger.seqs and limits.max_running_seqs is not None and seqs > limits.max_running_seqs:
+    if limits.max_running_seqs is not None and seqs > limits.max_running_seqs:
         return False
     kv_tokens = ledger.peak_kv_tokens + one.kv_tokens
-    if ledger.seqs and limits.kv_tokens is not None and kv_tokens > limits.kv_tokens:
+    if limits.kv_tokens is not None and kv_tokens > limits.kv_tokens:
         return False
     return not backend.calibrated or backend.step_time.decode_seconds(seqs, kv_tokens) * backend.margin <= pace_s

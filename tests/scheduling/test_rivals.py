@@ -17,6 +17,7 @@ def waiting(due_s: float, tier: str = "fast", model: str = "m", kv_tokens: int =
 def play(**limits: int) -> Play:
     made = Play(options=Options(yield_s=0.1))
     made.add("a", "fast", **limits)
+    made.runs("there", "slow", 10)
     return made
 
 
@@ -41,7 +42,6 @@ def test_it_goes_at_once_when_the_other_has_gone() -> None:
 def test_it_does_not_for_those_that_are_later_elsewhere_or_too_large() -> None:
     for other in (waiting(0.7), waiting(0.3, "mid"), waiting(0.3, model="n"), waiting(0.3, kv_tokens=5000)):
         one = play(kv_tokens=1000)
-        one.runs("r0")
         one.tell(ev.OthersHold("other", (other,)))
         assert one.arrives("r1") == ["reserve r1#1 on a: own_tier"], other
 
@@ -62,7 +62,7 @@ def test_it_does_not_at_its_own_promises_cost() -> None:
 
 
 def test_it_yields_once() -> None:
-    one = play(max_running_seqs=1)
+    one = play(max_running_seqs=2)
     one.tell(ev.OthersHold("other", (waiting(1.5, "slow"),)))
     assert one.arrives("r1", "slow") == ["hold r1 until 1.98: held"]
     one.foreign("a", decodes=1, kv=100)
@@ -72,7 +72,7 @@ def test_it_yields_once() -> None:
 
 
 def test_it_is_held_back_as_long_as_it_yields() -> None:
-    one = play(max_running_seqs=1)
+    one = play(max_running_seqs=2)
     one.opens("r0")
     one.arrives("r1")
     one.tell(ev.OthersHold("other", (waiting(0.3),)))
@@ -80,9 +80,25 @@ def test_it_is_held_back_as_long_as_it_yields() -> None:
     assert one.wait(0.1) == ["reserve r1#1 on a: own_tier"]
 
 
+def test_on_an_empty_backend_there_is_room_for_both() -> None:
+    one = play()
+    one.tell(ev.OthersHold("other", (waiting(0.3),)))
+    one.ended("there#1")
+    assert one.arrives("r1") == ["reserve r1#1 on a: own_tier"]
+
+
+def test_who_yields_takes_no_backend_meanwhile() -> None:
+    one = play()
+    one.tell(ev.OthersHold("other", (waiting(0.3),)))
+    one.add("b")
+    assert one.arrives("r1") == ["hold r1 until 0.48: held"]
+    assert one.wait(0.05) == []
+
+
 def test_it_can_be_switched_off() -> None:
     one = Play(options=Options(yield_s=0.0))
     one.add("a", "fast")
+    one.runs("there", "slow", 10)
     one.tell(ev.OthersHold("other", (waiting(0.3),)))
     assert one.arrives("r1") == ["reserve r1#1 on a: own_tier"]
 
@@ -95,11 +111,12 @@ def test_nobody_yields_for_ever() -> None:
         one.arrives("r1")
         one.wait(0.2)
         one.granted("r1#1")
-        assert one.dispatcher.counts.open == 1
+        assert one.dispatcher.counts.held == 0
+        assert one.dispatcher.counts.open == 2
 
 
 def test_the_first_that_is_held_is_told() -> None:
-    one = play(max_running_seqs=1)
+    one = play(max_running_seqs=2)
     one.opens("r0")
     one.arrives("r1", prompt_tokens=200)
     one.now_s = 0.1
