@@ -135,14 +135,18 @@ async def _begin(file: Settings, source: PolicySource) -> Begun:
 
 async def _usable(own: Settings, document: Document, source: PolicySource) -> Settings:
     """A replica's settings with this document's policy in them. Raises PolicyRefused."""
-    settings = with_policy(own, read_body(document))
-    if (settings.backends, settings.policy) == (own.backends, own.policy):
-        return settings  # the rest has no more to it than its form
+
+    def use() -> Settings:
+        settings = with_policy(own, read_body(document))
+        if (settings.backends, settings.policy) != (own.backends, own.policy):
+            source.check(settings)  # the rest has no more to it than its form
+        return settings
+
     try:
-        await asyncio.to_thread(source.check, settings)
+        # Elsewhere: it may read profiles, and thousands of keys take their time.
+        return await asyncio.to_thread(use)
     except ConfigError as error:
         raise PolicyRefused(str(error)) from None
-    return settings
 
 
 class SharedPolicy:

@@ -12,6 +12,8 @@ import logging
 import weakref
 from collections.abc import AsyncGenerator, Mapping
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from state.contract import StoreUnavailable
 from state.documents import CONTRIBUTION_S, CONTRIBUTIONS, HISTORY, Contribution, Document, Draft, Stale, Watching
 from state.redis.connect import ERRORS, Answer, Connection
@@ -144,16 +146,38 @@ class RedisDocuments:
         await self._runner.close()
 
 
+class _Payload(BaseModel):
+    """What a version says besides its header. Another version of Tiergate may say more."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    schema_: int = Field(alias="schema")
+    author: str
+    reason: str
+    body: str
+
+
+_UNREADABLE = 0
+"""The schema of what is no document to this version, so that nobody tries to read it."""
+
+
 def _payload(draft: Draft) -> str:
-    return json.dumps([draft.schema, draft.author, draft.reason, draft.body])
+    return json.dumps({"schema": draft.schema, "author": draft.author, "reason": draft.reason, "body": draft.body})
 
 
 def _document(entry: Answer) -> Document | None:
+    """Raises StoreUnavailable for what no version of Tiergate wrote."""
     if entry is None:
         return None
-    version, written_ms, change_id, payload = _text(entry).split("\n", 3)
-    schema, author, reason, body = json.loads(payload)
-    return Document(int(version), int(written_ms) / 1e3, Draft(change_id, schema, body, author, reason))
+    try:
+        version, written_ms, change_id, payload = _text(entry).split("\n", 3)
+        number, written_s = int(version), int(written_ms) / 1e3
+    except ValueError:
+        raise StoreUnavailable("documents: what stands there is no document of Tiergate's") from None
+    try:
+        told = _Payload.model_validate_json(payload)
+    except ValidationError:
+        return Document(number, written_s, Draft(change_id, _UNREADABLE, "", "unknown", "unreadable"))
+    return Document(number, written_s, Draft(change_id, told.schema_, told.body, told.author, told.reason))
 
 
 def _text(answer: Answer) -> str:

@@ -11,12 +11,13 @@ import pytest
 
 from gateway.config import KeySettings
 from gateway.policy import FleetPolicy
-from gateway.shared import PolicySource
+from gateway.shared import PolicyConflict, PolicySource
 from state.contract import StoreUnavailable
 from state.documents import Documents
 from state.redis.address import parse_url
 from state.redis.connect import connect
 from state.redis.documents import RedisDocuments
+from state.redis.keys import Keys
 from state.redis.rights import acl_rule
 from tests.gateway.policies import file_of, only_tier, replica
 from tests.gateway.rig import client, engine, gateway, settings_for, until, until_told
@@ -27,6 +28,15 @@ from tests.servers import DataServer, Kind, Options
 def with_a_key(policy: FleetPolicy) -> FleetPolicy:
     """The same policy with a client's key."""
     return policy.model_copy(update={"keys": (KeySettings(sha256="0" * 64, tenant="t"),)})
+
+
+async def is_version(documents: Documents, version: int) -> bool:
+    """Whether this version stands; not while the store cannot tell."""
+    try:
+        found = await documents.read()
+    except StoreUnavailable:
+        return False
+    return found is not None and found.version == version
 
 
 @contextlib.asynccontextmanager
@@ -126,6 +136,35 @@ async def test_the_rights_that_are_documented_are_enough(tmp_path: Path) -> None
             await first.contribute("a", "x")
             assert set(await second.contributions()) == {"a"}
             assert len(await second.history()) == 2
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        '{"schema": 9, "author": "a", "reason": "r", "body": "{}", "by": "s"}',
+        '{"parts": []}',
+        "\x00 not JSON",
+    ],
+)
+async def test_what_a_newer_version_wrote_harms_nobody(payload: str, tmp_path: Path) -> None:
+    async with (
+        DataServer(Kind.REDIS, tmp_path) as server,
+        documents_of(server.url) as documents,
+        replica(documents) as one,
+    ):
+        key = Keys.of("main").other("documents")
+        await asyncio.to_thread(server.ask, "HSET", key, "5", f"5\n99\nnew\n{payload}", "now", "5")
+        await until(lambda: one.numbers.policy_refused_version == 5)
+        with pytest.raises(PolicyConflict):
+            await one.shared.change(only_tier, "test")
+        assert [found.version for found in await documents.history()] == [5, 1]
+        # What is no document at all is no answer, and goes by as an outage does.
+        await asyncio.to_thread(server.ask, "HSET", key, "5", "five", "now", "5")
+        with pytest.raises(StoreUnavailable):
+            await documents.read()
+        await asyncio.to_thread(server.ask, "DEL", key)
+        await until_told(lambda: is_version(documents, 1))
+        assert one.version == 1
 
 
 async def test_a_full_server_refuses_a_change_and_keeps_the_policy(tmp_path: Path) -> None:
