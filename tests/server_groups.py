@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.servers import HOST, DataServer, Kind, Options, ServerFailed
+from tests.servers import HOST, Certificates, DataServer, Kind, Options, ServerFailed
 
 SLOTS = 16384
 SETTLE_TIMEOUT_S = 40.0
@@ -68,18 +69,26 @@ class DataCluster(Group):
     """A Cluster of `size` primaries that share the slots evenly, each with `copies` replicas."""
 
     def __init__(
-        self, kind: Kind, folder: Path, *, size: int = 3, copies: int = 0, users: Sequence[str] = ()
+        self,
+        kind: Kind,
+        folder: Path,
+        *,
+        size: int = 3,
+        copies: int = 0,
+        users: Sequence[str] = (),
+        tls: Certificates | None = None,
     ) -> None:
-        """`users` as in `Options.users`; the default user has all rights and no password."""
+        """`users` and `tls` as in `Options`; the default user has all rights and no password."""
         super().__init__()
-        options = Options(cluster=True, users=users, settings={"cluster-announce-ip": HOST})
+        options = Options(cluster=True, users=users, tls=tls, settings={"cluster-announce-ip": HOST})
+        self._scheme = "redis" if tls is None else "rediss"
         self.servers = [DataServer(kind, folder / f"{place}", options) for place in range(size * (1 + copies))]
         self.primaries = self.servers[:size]
 
     @property
     def url(self) -> str:
         """How a client reaches it, all its nodes named."""
-        return f"redis+cluster://{','.join(f'{HOST}:{server.port}' for server in self.servers)}"
+        return f"{self._scheme}+cluster://{','.join(f'{HOST}:{server.port}' for server in self.servers)}"
 
     def url_as(self, user: str, password: str) -> str:
         """The same as one of the users."""
@@ -143,12 +152,19 @@ def _follows(server: DataServer) -> bool:
 class Watched(Group):
     """A primary and a replica, and Sentinels that promote the replica when most of them miss the primary."""
 
-    def __init__(self, kind: Kind, folder: Path, *, sentinels: int = 3, password: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        folder: Path,
+        *,
+        sentinels: int = 3,
+        password: str | None = None,
+        tls: Certificates | None = None,
+    ) -> None:
         super().__init__()
-        self.primary = DataServer(kind, folder / "primary", Options(password=password))
-        self.replica = DataServer(
-            kind, folder / "replica", Options(password=password, replica_of=self.primary.port)
-        )
+        data = Options(password=password, tls=tls)
+        self.primary = DataServer(kind, folder / "primary", data)
+        self.replica = DataServer(kind, folder / "replica", replace(data, replica_of=self.primary.port))
         watch = {
             f"sentinel monitor {SERVICE}": f"{HOST} {self.primary.port} {sentinels // 2 + 1}",
             f"sentinel down-after-milliseconds {SERVICE}": "500",
@@ -156,9 +172,10 @@ class Watched(Group):
         }
         if password is not None:
             watch[f"sentinel auth-pass {SERVICE}"] = password
-        options = Options(sentinel=True, settings=watch)
+        options = Options(sentinel=True, tls=tls, settings=watch)
         self.sentinels = [DataServer(kind, folder / f"sentinel-{place}", options) for place in range(sentinels)]
         self.servers = [self.primary, self.replica, *self.sentinels]
+        self._scheme = "redis" if tls is None else "rediss"
         self._password = password
 
     @property
@@ -166,7 +183,7 @@ class Watched(Group):
         """How a client reaches it."""
         secret = "" if self._password is None else f":{self._password}@"
         hosts = ",".join(f"{HOST}:{server.port}" for server in self.sentinels)
-        return f"redis+sentinel://{secret}{hosts}/{SERVICE}/0"
+        return f"{self._scheme}+sentinel://{secret}{hosts}/{SERVICE}/0"
 
     async def start(self) -> None:
         await asyncio.gather(self.primary.start(), self.replica.start())

@@ -210,6 +210,23 @@ async def test_tls_with_our_authority_and_a_clients_certificate(tmp_path: Path) 
                     await connection.run("EVAL", "return 1", 0)
 
 
+async def test_tls_to_sentinels_primaries_and_a_clusters_nodes(tmp_path: Path) -> None:
+    certificates = make_certificates(tmp_path / "certificates")
+    groups = (
+        Watched(Kind.REDIS, tmp_path / "watched", sentinels=1, tls=certificates),
+        DataCluster(Kind.REDIS, tmp_path / "cluster", size=1, tls=certificates),
+    )
+    for group in groups:
+        trusting = connect(parse_url(f"{group.url}?tls_ca={certificates.authority}"))
+        careful = connect(parse_url(group.url))  # with the system's authorities
+        async with group, trusting, careful:
+            assert await trusting.run("EVAL", "return 1", 1, "key") == 1
+            await (await trusting.subscribe("news")).close()
+            assert (await trusting.open_socket("key")).is_connected
+            with pytest.raises(ERRORS):
+                await careful.run("EVAL", "return 1", 1, "key")
+
+
 @BOTH
 async def test_a_socket_with_a_database_of_its_own(kind: Kind, tmp_path: Path) -> None:
     async with DataServer(kind, tmp_path, Options(unix_socket=True, password="secret")) as server:
