@@ -149,6 +149,8 @@ async def serve(args: argparse.Namespace, settings: Settings, log_file: LogFile 
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, on_stop)
     loop.add_signal_handler(signal.SIGHUP, reload.set)
+    # Meant for workers, and without a handler it would kill.
+    loop.add_signal_handler(signal.SIGUSR2, log.warning, "SIGUSR2 replaces workers, and there are none")
     try:
         async with running(settings, wiring) as gateway, asyncio.TaskGroup() as tasks:
             log.info("listening on http://%s:%d, policy %s", settings.host, gateway.port, settings.policy.name)
