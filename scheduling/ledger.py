@@ -482,7 +482,7 @@ class Ledger:
         """What this replica carries here, measured: what it publishes."""
         residents: dict[str, int] = {}
         for resident in self.residents.values():
-            tier = resident.request.tier
+            tier = resident.cost.tier
             residents[tier] = residents.get(tier, 0) + resident.request.sequences
         return LoadVector(
             self.seqs - self.foreign.decodes,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from scheduling.backends import BackendState
 from scheduling.checks import ALL_CHECKS, Checks
 from scheduling.decisions import Candidate, Outcome, Verdict
+from scheduling.desk import RELEGATED
 from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge, limits_for
 from scheduling.ledger import Ledger
 from scheduling.load import Cost, ReserveCandidate
@@ -173,7 +174,8 @@ def candidate_for(choice: Choice, ask: Ask) -> ReserveCandidate:
         decodes=seqs,
         peak_kv_tokens=int((request.prompt_tokens + ask.output_tokens) * seqs),
         prefill_tokens=max(request.prompt_tokens - request.cached_tokens, 1) * seqs,
-        tier=request.tier,
+        # whose promise was given up binds nobody, so no replica is to count it to its tier
+        tier=RELEGATED if ask.own_tpot_s == math.inf and request.slo.tpot_s is not None else request.tier,
         tpot_ms=ask.own_tpot_s * 1e3,
     )
     limits = limits_for(ledger, ask, choice.judged)

@@ -238,6 +238,7 @@ def test_an_unstated_request_waits_on_when_its_deadline_passes() -> None:
     assert play.dispatcher.held_by_tier()["(relegated)"] == 1
     assert play.ended("r0#1")[-1] == "reserve r1#1 on a: relegated"
     assert play.ledger("a").tightest_tpot_s == math.inf, "a relegated request holds nobody back"
+    assert play.ledger("a").own_load().residents == {"(relegated)": 1}, "here or elsewhere"
 
 
 def test_a_tier_may_relegate_instead_of_refusing() -> None:
