@@ -196,12 +196,14 @@ class Picture:
     """The whole state of a fleet at one moment.
 
     Attributes:
+        epoch: the last that was given.
         number: of the last message before it was taken.
         silent_s: live replicas, and how long ago each was heard.
         orphans: replicas that were given up and whose load still counts.
     """
 
     era: int
+    epoch: int
     number: int
     totals: Mapping[str, StoredTotal]
     parts: tuple[StoredPart, ...]
@@ -212,12 +214,14 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """How the store stands once a replica has joined: memberships, births, and the sequences of its own parts."""
+    """How the store stands once a replica has joined: memberships, births, the sequences of its own parts, and
+    which backends it made known again."""
 
     era: int
     members: Mapping[str, Membership]
     births: Mapping[str, int]
     sequences: Mapping[str, int]
+    remade: frozenset[str]
 
 
 def read_news(payload: bytes) -> News:
@@ -257,6 +261,7 @@ def read_picture(answer: Answer) -> Picture:
         }
         return Picture(
             int(raw["era"]),
+            int(raw["epoch"]),
             int(raw["n"]),
             totals,
             tuple(StoredPart(_part(one[:10]), one[10], one[11]) for one in raw["parts"]),
@@ -278,6 +283,7 @@ def read_joined(answer: Answer) -> Joined:
             {name: Membership(tier or None, epoch) for name, epoch, tier, _, _ in members},
             {name: birth for name, _, _, birth, _ in members},
             {name: sequence for name, _, _, _, sequence in members},
+            frozenset(raw["remade"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _misunderstood(answer) from error

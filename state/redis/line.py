@@ -24,6 +24,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from state.deadline import within
 from state.redis.connect import ERRORS, Answer, Connection, Word, closed_is_an_error
 
 _ELSEWHERE = (AskError, ClusterDownError, MasterDownError, MovedError, ReadOnlyError)
@@ -43,13 +44,14 @@ class _Socket(Protocol):
 class _Turn:
     """One command that was sent, and where its answer goes."""
 
-    __slots__ = ("answer", "done", "error", "waking")
+    __slots__ = ("answer", "done", "error", "link", "waking")
 
     def __init__(self) -> None:
         self.answer: Answer = None
         self.error: Exception | None = None
         self.done = False
         self.waking: asyncio.Future[None] | None = None
+        self.link: _Link | None = None
 
     def settle(self, answer: Answer, error: Exception | None) -> None:
         self.answer, self.error, self.done = answer, error, True
@@ -121,24 +123,28 @@ class Line:
         """One command; `key` says in a Cluster which node is asked. Raises `ERRORS`; when the time is up, all who
         wait on this line are told, because behind one silence comes another."""
         packed = hiredis.pack_command(words)  # type: ignore[arg-type]  # its stub takes one word alone
-        link = self._link
+        turn = _Turn()
         try:
-            async with asyncio.timeout(timeout_s):
-                if link is None:
-                    link = await self._open(key)
-                turn = _Turn()
-                link.turns.append(turn)
-                with closed_is_an_error():
-                    await link.socket.send_packed_command((packed,), check_health=False)
-                await link.answer_to(turn)
+            await within(timeout_s, self._take(turn, key, packed))
         except ERRORS as error:
-            await self._drop(link, error)
+            await self._drop(turn.link, error)
             raise
         if turn.error is not None:
             if isinstance(turn.error, _ELSEWHERE):
-                await self._drop(link, turn.error)
+                await self._drop(turn.link, turn.error)
             raise turn.error
         return turn.answer
+
+    async def _take(self, turn: _Turn, key: str, packed: bytes) -> None:
+        """Send a command and wait until its turn is settled. Raises `ERRORS`."""
+        link = self._link
+        if link is None:
+            link = await self._open(key)
+        turn.link = link
+        link.turns.append(turn)
+        with closed_is_an_error():
+            await link.socket.send_packed_command((packed,), check_health=False)
+        await link.answer_to(turn)
 
     async def close(self) -> None:
         """Close the connection. Idempotent; the line opens it again when it is asked."""

@@ -88,14 +88,6 @@ class Mirror:
         self.orphans.difference_update(news.gone)
         return changes
 
-    def ahead_of(self, picture: Picture) -> bool:
-        """Whether a later membership is known here than there: then the store lost writes, if it is the newest."""
-        totals = picture.totals
-        return any(
-            name in totals and totals[name].membership.epoch < member.epoch
-            for name, member in self.memberships.items()
-        )
-
     def adopt(self, picture: Picture) -> Changes:
         """Take over the whole state; what differs from what was known is told."""
         now_s = self._clock()
@@ -119,6 +111,15 @@ class Mirror:
         for replica, held in holding.items():
             self._hold(replica, held, changes)
         return changes
+
+    def ahead_of(self, picture: Picture) -> bool:
+        """Whether a membership is known here that the store has not given yet: it lost writes, if the picture is
+        the newest. A backend that is merely missing was removed."""
+        for backend, membership in self.memberships.items():
+            total = picture.totals.get(backend)
+            if membership.epoch > (picture.epoch if total is None else total.membership.epoch):
+                return True
+        return False
 
     def settle(self, backend: str, membership: Membership) -> bool:
         """A membership that was told somewhere. Whether it is news."""

@@ -162,7 +162,7 @@ class Own:
         for backend in list(self._places):
             place = self._places[backend]
             birth = joined.births.get(backend)
-            if birth is None or (birth != place.birth and not emptied):
+            if birth is None or (birth != place.birth and not emptied and backend not in joined.remade):
                 self.forget(backend)
                 continue
             place.birth = birth

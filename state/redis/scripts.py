@@ -42,21 +42,14 @@ class Runner:
         self.timeout_s = timeout_s
         self._line = Line(connection)
 
-    async def run(
-        self,
-        script: Script,
-        keys: tuple[str, ...],
-        arguments: Iterable[Argument],
-        timeout_s: float | None = None,
-    ) -> Answer:
+    async def run(self, script: Script, keys: tuple[str, ...], arguments: Iterable[Argument]) -> Answer:
         """What the script answers. Raises StoreUnavailable, and then it may have run or not."""
-        limit_s = timeout_s or self.timeout_s
         words = (len(keys), *keys, *arguments)
         try:
             try:
-                return await self._line.ask(keys[0], limit_s, "EVALSHA", script.digest, *words)
+                return await self._line.ask(keys[0], self.timeout_s, "EVALSHA", script.digest, *words)
             except NoScriptError:
-                return await self._line.ask(keys[0], limit_s, "EVAL", script.source, *words)
+                return await self._line.ask(keys[0], self.timeout_s, "EVAL", script.source, *words)
         except ERRORS as error:
             raise unavailable(script.name, error) from error
 

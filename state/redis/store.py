@@ -450,6 +450,8 @@ class RedisStore:
                 if self._mirror.settle(backend, membership):
                     self._notify(Changes({backend: None}))
             self._join_number, self._era = number, joined.era
+            # What was on its way meanwhile may be missing in the account: a beat compares once more.
+            self._upkeep.hurry()
 
     def _miss_writes(self) -> None:
         """The store has lost writes of this replica. By the next beat its sequences may have caught up."""

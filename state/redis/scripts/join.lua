@@ -4,12 +4,14 @@
 -- era (0 when it met none), backends {name, tier, epoch}, parts {backend, birth, decodes, KV, prefill, residents,
 -- sequence, published, slack}, leases {id, backend, birth, sequence, decodes, KV, prefill, tier, pace as text},
 -- held (JSON in JSON).
--- Answers JSON: era, members {backend, epoch, tier, birth, sequence}.
+-- Answers JSON: era, members {backend, epoch, tier, birth, sequence}, remade (backends it made known again).
 local replica, channel = ARGV[1], ARGV[2]
 local now = clock_ms()
 local known = cjson.decode(ARGV[4])
 local era = era_of(KEYS[7], now)
 local emptied = known.era ~= era
+local last_epoch = tonumber(redis.call('HGET', KEYS[7], 'epoch') or 0)
+local remade = {}
 
 local function answer()
   local members = {}
@@ -22,14 +24,17 @@ local function answer()
       members[#members + 1] = {backend, standing[1], standing[3], standing[2], sequence}
     end
   end
-  return cjson.encode({era = era, members = members})
+  local anew = {}
+  for backend in pairs(remade) do
+    anew[#anew + 1] = backend
+  end
+  return cjson.encode({era = era, members = members, remade = anew})
 end
 
 if redis.call('HGET', KEYS[2], '') == ARGV[3] then
   return answer()
 end
 local touched, touch = take_out(KEYS[1], KEYS[2], replica)
-local remade = {}
 local members = {}
 for _, one in ipairs(known.backends) do
   local backend, tier, epoch = one[1], one[2], one[3]
@@ -37,7 +42,8 @@ for _, one in ipairs(known.backends) do
     tier = false
   end
   local found = touch(backend)
-  if not found and emptied then
+  -- An epoch that the store has not given yet: it lost the write that added the backend. Others were removed.
+  if not found and (emptied or epoch > last_epoch) then
     local first = next_epoch(KEYS[7], now, epoch)
     touched[backend] = {standing = {first, first, tier, math.huge, 0, 0, 0, 0, {}}, paces = {}}
     remade[backend] = true

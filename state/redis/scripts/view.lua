@@ -39,6 +39,7 @@ for i = 1, #beats, 2 do
 end
 return cjson.encode({
   era = era_of(KEYS[5], now),
+  epoch = tonumber(redis.call('HGET', KEYS[5], 'epoch') or 0),
   n = tonumber(redis.call('HGET', KEYS[5], 'news') or 0),
   standings = standings,
   parts = parts,
