@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from gateway.config import BackendSettings, TierSettings
+import hashlib
+
+import pytest
+from pydantic import ValidationError
+
+from gateway.config import BackendSettings, Settings, TierSettings
 from tests.gateway.rig import MODEL, client, engine, gateway, settings_for, settled, until
 
 _TOKEN = {"authorization": "Bearer secret"}
@@ -107,6 +112,22 @@ async def test_keys_let_in_and_are_not_passed_on() -> None:
                 assert answer.headers["x-tiergate-tier"] == "summary"
             sent = {name.lower() for name in one.headers[-1]}
             assert not sent & {"authorization", "x-api-key"}
+
+
+async def test_a_key_may_be_configured_by_its_digest() -> None:
+    digest = hashlib.sha256(b"k1").hexdigest()
+    keys = [{"sha256": digest, "tenant": "t1", "tier": "summary"}]
+    async with engine() as one, gateway(settings_for(one, keys=keys)) as made, client(made) as ask:
+        assert (await ask.read_chat(headers={"authorization": f"Bearer {digest}"}))[0] == 401
+        async with ask.chat(headers={"authorization": "Bearer k1"}) as answer:
+            assert answer.status == 200
+            assert answer.headers["x-tiergate-tier"] == "summary"
+
+
+@pytest.mark.parametrize("key", [{}, {"key": "k", "sha256": "0" * 64}, {"sha256": "k1"}])
+def test_a_key_has_one_form(key: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="sha256"):
+        Settings.model_validate({"keys": [{"tenant": "t", **key}]})
 
 
 async def test_errors_speak_the_clients_dialect() -> None:
