@@ -108,7 +108,7 @@ class Scrape:
         self.restarts = 0
 
     def ended(self, worker: str, text: str | None) -> None:
-        """A worker has ended; `text` is the last that it told."""
+        """A worker has ended; `text` is the last that it told. Raises ValueError for a text that is none."""
         if text is not None:
             own = Sums()
             own.add(text, None, lasting_only=True)
@@ -116,7 +116,7 @@ class Scrape:
             self._arrived[worker] = self._arrived.get(worker, 0.0) + own.value(_ARRIVED)
 
     def text(self, workers: Sequence[Told]) -> bytes:
-        """All together."""
+        """All together. Raises ValueError for a text that is none."""
         sums = Sums()
         arrived = dict(self._arrived)
         for one in workers:

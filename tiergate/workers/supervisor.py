@@ -231,7 +231,10 @@ class Supervisor:
         self._children.discard(child)
         self._board.write(child.slot, None)
         self._slots.add(child.slot)
-        self._scrape.ended(child.name, child.last_text)
+        try:
+            self._scrape.ended(child.name, child.last_text)
+        except ValueError as error:
+            log.error("what worker %d has counted is lost: %s", child.number, error)
         self._changed.set()
         if self._stop.is_set() or child.retiring:
             return
@@ -355,7 +358,12 @@ class Supervisor:
             for child in sorted(self._children, key=_order)
         ]
         told += [Told(str(number), None, False, False, 0) for number in range(self._settings.workers)]
-        asker.answer(question, self._scrape.text(told).decode())
+        try:
+            text: str | None = self._scrape.text(told).decode()
+        except ValueError as error:
+            log.error("the workers' metrics cannot be put together: %s", error)
+            text = None  # the asker tells its own
+        asker.answer(question, text)
 
     async def _tell_carried(self, asker: Child, question: Message) -> None:
         others = [child for child in self._children if child is not asker and child.ready]
