@@ -201,3 +201,15 @@ def test_every_difference_has_a_cause_and_says_what_follows() -> None:
         cause = Difference(kind, "").cause
         assert cause.likely
         assert cause.then
+
+
+def test_a_drift_that_a_leaked_lease_explains_is_not_told_again() -> None:
+    seen = store(("a", "a1"), ("a", "leaked"))
+    measured = CarriedPart(Counted(1, 200, 0, 2, {"chat": 1}), 2, 0.0)  # the replica's next publication
+    low = replace(
+        seen,
+        parts={("a", "x"): measured},
+        standings={"x": replace(seen.standings["x"], total=measured.load)},
+    )
+    told = reading(low, replica("a", "a1"), replica("b"), engine=1)
+    assert differences(told) == [(Kind.LEAKED_LEASE, "x", "a", "leaked")]

@@ -92,7 +92,8 @@ CAUSES: Mapping[Kind | Damage, Cause] = MappingProxyType(
             "no live replica beats, or all of them are stopped", True, "as soon as one replica of the fleet runs"
         ),
         Kind.LEAKED_LEASE: Cause(
-            "its end was never told, and the replica has forgotten it",
+            "its end was never told, and the replica has forgotten it: it counts as a lease and by its pace, and "
+            "as load until the replica publishes there again",
             False,
             "it ends with its replica: restart that one",
         ),

@@ -15,6 +15,9 @@ from state.inventory import Damage, Inventory, contradictions
 from tiergate.audit.causes import CAUSES, Cause, Kind
 from tiergate.audit.readings import Carried, Reading, Readings, plain_lease
 
+# Leases that one side alone has: what a replica measures and what its leases come to differ by them.
+_EXPLAIN_DRIFT = frozenset({Kind.LEAKED_LEASE, Kind.UNCOUNTED_LEASE})
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -50,7 +53,8 @@ def compare(read: Readings) -> Verdict:
     lasting = set.intersection(*({one.key for one in found} for found in rounds)) if rounds else set()
     every = {one.key for found in rounds for one in found}
     last = [one for one in rounds[-1] if one.key in lasting] if rounds else []
-    drifts = list(_drift(read.readings))
+    explained = {(one.replica, one.backend) for one in last if one.kind in _EXPLAIN_DRIFT}
+    drifts = [one for one in _drift(read.readings) if (one.replica, one.backend) not in explained]
     engines = [*_engines_with_more(read.readings), *_engines_with_less(read.readings)]
     return Verdict((*_unique(last), *drifts, *engines), len(every - lasting))
 
