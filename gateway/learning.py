@@ -264,9 +264,12 @@ class Learned:
         )
         return saved.model_dump_json().encode()
 
-    def evidence(self) -> Evidence:
-        """What was observed here."""
-        steps = {name: steps.corrector.evidence() for name, steps in self._steps.items()}
+    async def evidence(self) -> Evidence:
+        """What was observed here. Streams go on between the backends, each of which takes a moment."""
+        steps: dict[str, StepEvidence] = {}
+        for name, learner in list(self._steps.items()):
+            steps[name] = learner.corrector.evidence()
+            await asyncio.sleep(0)
         lengths = self._lengths.book.evidence()
         return Evidence(
             steps={name: evidence for name, evidence in steps.items() if evidence.steps},
@@ -274,12 +277,13 @@ class Learned:
             chars_per_token=self._counter.learned(),
         )
 
-    def hear(self, others: Heard) -> None:
+    async def hear(self, others: Heard) -> None:
         """What all other sources observed, in place of what was heard before."""
         before, self._heard = self._heard, others
-        for name, steps in self._steps.items():
+        for name, steps in list(self._steps.items()):
             if others.steps.get(name) != before.steps.get(name):
                 steps.hear(others.steps.get(name, ()))
+                await asyncio.sleep(0)
         self._lengths.hear(others.lengths)
         self._counter.hear(others.chars_per_token)
 

@@ -36,9 +36,9 @@ class Sharer(Protocol):
     @property
     def source(self) -> str: ...
 
-    def evidence(self) -> Evidence: ...
+    async def evidence(self) -> Evidence: ...
 
-    def hear(self, others: Heard) -> None: ...
+    async def hear(self, others: Heard) -> None: ...
 
 
 class Sharing:
@@ -68,7 +68,7 @@ class Sharing:
         own = self._learned.source
         others = {source: given for source, given in found.items() if source != own}
         # Elsewhere: dozens of sources are some megabytes, and streams must not wait for them.
-        self._learned.hear(await asyncio.to_thread(self._heard, others))
+        await self._learned.hear(await asyncio.to_thread(self._heard, others))
         await self._tell(forgotten=own not in found)
 
     async def leave(self) -> None:
@@ -79,7 +79,8 @@ class Sharing:
                 await self._tell()
 
     async def _tell(self, *, forgotten: bool = False) -> None:
-        body = self._learned.evidence().model_dump_json(exclude_defaults=True)
+        evidence = await self._learned.evidence()
+        body = evidence.model_dump_json(exclude_defaults=True)
         # A store that forgot is told again; one that knows is left alone, so that its age is that of the evidence.
         if body != self._told or (forgotten and body != _NOTHING):
             await self._documents.contribute(self._learned.source, body)

@@ -92,6 +92,7 @@ class _Regime:
         self._heard_ratios: list[tuple[float, float]] = []
         self._heard_errors: list[tuple[float, float]] = []
         self._heard_observations = 0.0
+        self._told: RegimeEvidence | None = None  # as long as nothing more was observed
 
     @property
     def knows(self) -> bool:
@@ -108,11 +109,13 @@ class _Regime:
 
     def evidence(self) -> RegimeEvidence:
         """What was observed here."""
-        return RegimeEvidence(
-            log_ratios=binned(self._own_ratios(), RATIO_WIDTH),
-            errors=binned(((math.log1p(error), 1.0) for error in self.errors), ERROR_WIDTH),
-            observations=self.observations * UNIT,
-        )
+        if self._told is None:
+            self._told = RegimeEvidence(
+                log_ratios=binned(self._own_ratios(), RATIO_WIDTH),
+                errors=binned(((math.log1p(error), 1.0) for error in self.errors), ERROR_WIDTH),
+                observations=self.observations * UNIT,
+            )
+        return self._told
 
     def _own_ratios(self) -> list[tuple[float, float]]:
         """The log ratios with their weights."""
@@ -129,6 +132,7 @@ class _Regime:
         self.errors.append(abs(math.expm1(log_ratio - self._log_factor)))
         self.log_ratios.append(log_ratio)
         self.observations += 1
+        self._told = None
 
     def log_factor(self, start_log: float) -> float:
         """The weighted median of the log ratios, with the starting point among them."""
@@ -160,6 +164,7 @@ class _Regime:
         self.log_ratios = deque(state.log_ratios, maxlen=_KEPT)
         self.errors = deque(state.errors, maxlen=_KEPT)
         self.observations = state.observations
+        self._told = None
         self._log_factor = self.log_factor(0.0)
 
 
@@ -275,7 +280,8 @@ class Corrector:
     def hear(self, others: Iterable[StepEvidence]) -> None:
         """What each other replica has observed, in place of what was heard before. What is relative to another
         profile is left out."""
-        together = StepEvidence.merge(self.base, others)
+        same = [other for other in others if other.base == self.base]
+        together = same[0] if len(same) == 1 else StepEvidence.merge(self.base, same)
         self._decode.hear(together.decode)
         self._mixed.hear(together.mixed)
         self._heard_steps = together.steps / UNIT

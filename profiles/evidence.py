@@ -38,9 +38,12 @@ def scaled(weights: Mapping[int, int], factor: float) -> dict[int, int]:
 
 def binned(weighted: Iterable[tuple[float, float]], width: float) -> dict[int, int]:
     """Weights of (value, weight) by the bin of `width` in whose middle `value` is nearest."""
-    total: Counter[int] = Counter()
+    total: dict[int, int] = {}
     for value, weight in weighted:
-        total[min(max(round(value / width), -_LARGEST_BIN), _LARGEST_BIN)] += round(weight * UNIT)
+        bin_ = round(value / width)
+        if not -_LARGEST_BIN <= bin_ <= _LARGEST_BIN:
+            bin_ = _LARGEST_BIN if bin_ > 0 else -_LARGEST_BIN
+        total[bin_] = total.get(bin_, 0) + round(weight * UNIT)
     return {bin_: total[bin_] for bin_ in sorted(total) if total[bin_]}
 
 

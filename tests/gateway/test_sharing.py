@@ -97,7 +97,7 @@ async def test_nothing_counts_twice_however_often_it_is_told() -> None:
     await alone.observe(1.5, 20)
     for replica in replicas:
         assert replica.answers() == pytest.approx(3 * alone.answers(), rel=0.001)
-        assert replica.learned.evidence().lengths == alone.learned.evidence().lengths
+        assert (await replica.learned.evidence()).lengths == (await alone.learned.evidence()).lengths
 
 
 async def test_a_restart_with_the_same_file_is_the_same_source(tmp_path: Path) -> None:
