@@ -33,6 +33,7 @@ from tests.tiergate.workers.rig import (
     until_told,
     whole,
 )
+from tiergate.audit.readings import read_carried
 
 WORKERS = 2
 TOKENS = 60
@@ -100,6 +101,20 @@ async def test_a_decision_is_told_by_whoever_is_asked(service: Service) -> None:
             status, body = await admin(session, service, "decisions/asked-for")
             assert (status, orjson.loads(body)["request_id"]) == (200, "asked-for")
         assert (await admin(session, service, "decisions/never-made"))[0] == 404
+
+
+async def test_what_all_workers_carry_is_told_by_whoever_is_asked(service: Service) -> None:
+    async with clients() as session:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(10)]
+            await asyncio.sleep(0.7)
+            status, body = await admin(session, service, "carried")
+            assert status == 200
+            told = read_carried(body)
+        assert all(whole(one.result(), TOKENS) for one in running)
+    assert len({one.replica for one in told}) == WORKERS
+    assert {one.fleet for one in told} == {"default"}
+    assert sum(len(one.leases) for one in told) == 10
 
 
 async def test_a_killed_worker_is_replaced_and_its_siblings_streams_go_on(service: Service) -> None:
