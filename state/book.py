@@ -49,7 +49,7 @@ def allowance(limit: int, own: int, foreign: int, share: Share) -> int:
 @dataclass(slots=True)
 class Lease:
     """One request of this replica. `store_id`: by what name the store was asked for it, None when never; `told`:
-    the store has it."""
+    the store has it; `asking`: the store is being asked whether it may stand at all."""
 
     backend: str
     cost: Cost
@@ -57,6 +57,7 @@ class Lease:
     granted_s: float
     store_id: str | None
     told: bool
+    asking: bool = False
 
 
 @dataclass(slots=True)
@@ -176,11 +177,11 @@ class Book:
 
     def untold(self) -> list[tuple[str, Lease]]:
         """Standing leases that the store does not have."""
-        return [(lease_id, lease) for lease_id, lease in self.leases.items() if not lease.told]
+        return [each for each in self.leases.items() if not (each[1].told or each[1].asking)]
 
     def short(self, loads: Mapping[str, BackendLoad]) -> list[tuple[str, Lease]]:
         """Leases that the store was told, on backends where it counts fewer of our sequences."""
-        told = [each for each in self.leases.items() if each[1].told]
+        told = [each for each in self.leases.items() if each[1].told and not each[1].asking]
         sequences: dict[str, int] = {}
         for _, lease in told:
             sequences[lease.backend] = sequences.get(lease.backend, 0) + lease.cost.decodes

@@ -156,6 +156,7 @@ class Sheltered:
                 foreign[candidate.backend] = refused
                 continue
             lease = book.begin(lease_id, candidate, now_s, lease_id)
+            lease.asking = True
             try:
                 answer = await self._mending.ask(self._inner.reserve(lease_id, (candidate,)))
             except StoreUnavailable as error:
@@ -168,6 +169,8 @@ class Sheltered:
                 book.forget(lease_id)
                 self._mending.owed[lease_id] = None
                 raise
+            finally:
+                lease.asking = False
             if isinstance(answer, Denied):
                 book.forget(lease_id)
                 self._mending.learn(answer)

@@ -138,7 +138,7 @@ async def _carry(
             due_s, some = await waiting.get()
             await asyncio.sleep(max(due_s - loop.time(), 0.0))
             await flow.open.wait()
-            if not some:
+            if not some or writer.transport.is_closing():
                 break
             writer.write(some)
             await writer.drain()

@@ -350,6 +350,27 @@ async def test_what_the_store_granted_before_it_fell_silent_was_free_then(fleet:
     assert await fleet.fill(0, "more") == 2
 
 
+async def test_a_lease_that_is_being_asked_for_is_not_told_of_as_well(fleet: Fleet) -> None:
+    store, inner = fleet.stores[0], fleet.inner[0]
+    fleet.fail(Fault.GONE)
+    assert await fleet.reserve(0, "one")
+    inner.fault = Fault.NONE
+    await fleet.look()
+    assert fleet.mode(0) is Mode.HEALING
+    inner.move_to(MemoryState(fleet.clock))  # so that there is much to tell
+    fleet.epoch = (await inner.inner.add_backend("x", "chat")).epoch
+    store._book.restate("x", Membership("chat", fleet.epoch))
+    inner.fault = Fault.LATE
+    async with asyncio.TaskGroup() as tasks:
+        asking = tasks.create_task(fleet.reserve(0, "denied", limits=Limits(9, 10, 10**6)))
+        await asyncio.sleep(0)
+        inner.fault = Fault.NONE
+        await store._mending.mend()
+        inner.answer.set()
+    assert not asking.result()
+    assert (await inner.inner.view())["x"].own.decodes == 1
+
+
 async def test_healing_lasts_until_all_are_back(fleet: Fleet) -> None:
     fleet.fail(Fault.GONE)
     for index in range(3):
