@@ -81,16 +81,26 @@ class _Link:
         while not turn.done:
             if self.reading:
                 turn.waking = asyncio.get_running_loop().create_future()
-                await turn.waking
+                try:
+                    await turn.waking
+                except asyncio.CancelledError:
+                    # It may have been woken to read, and now it will not.
+                    self._hand_over()
+                    raise
                 continue
             self.reading = True
             try:
                 await self._read_until(turn)
             finally:
                 self.reading = False
-                for other in self.turns:
-                    if other.wake():
-                        break
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Wake somebody to read, when nobody does."""
+        if not self.reading:
+            for turn in self.turns:
+                if turn.wake():
+                    break
 
     async def _read_until(self, turn: _Turn) -> None:
         while not turn.done:
