@@ -111,6 +111,7 @@ async def test_looking_writes_nothing(scene: Scene) -> None:
 
 _STRAY_PART = "cmsgpack.pack(2, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, {}, {}, '')"
 _STRAY_LEASE = "cmsgpack.pack('nowhere', 1, 1, 1, 1, 1, 'quick', 20)"
+_DELETE_ALL = "for _, key in ipairs(redis.call('KEYS', ARGV[6] .. '*')) do redis.call('DEL', key) end"
 _PLANTED: dict[str, tuple[str, set[tuple[Damage, str | None, str | None]]]] = {
     "a total that is too high": (
         "edit('s|x', function(v) v[5] = v[5] + 3 end)",
@@ -200,6 +201,25 @@ async def test_planted_damage_is_named(scene: Scene, planted: str) -> None:
     script, expected = _PLANTED[planted]
     await scene.plant(script, scene.keys.prefix)
     assert await scene.found() == expected
+
+
+@pytest.mark.parametrize("planted", ["a total that is too high", "a lease too many", "a part that is garbage"])
+async def test_deleting_the_keys_has_the_replicas_tell_all_anew(scene: Scene, planted: str) -> None:
+    """The remedy that an audit names."""
+    healthy = await scene.reader.read()
+    script, expected = _PLANTED[planted]
+    await scene.plant(script, scene.keys.prefix)
+    assert await scene.found() == expected
+    await scene.plant(_DELETE_ALL, scene.keys.prefix)
+    for store in (scene.a, scene.b):
+        await store.beat()
+    seen = await scene.reader.read()
+    assert not list(contradictions(seen, LEASE_S))
+    assert {name: (one.backend, one.decodes) for name, one in seen.leases.items()} == {
+        name: (one.backend, one.decodes) for name, one in healthy.leases.items()
+    }
+    assert seen.standings["x"].total == healthy.standings["x"].total
+    assert seen.standings["x"].epoch > healthy.standings["x"].epoch
 
 
 def test_every_kind_of_damage_is_planted() -> None:
