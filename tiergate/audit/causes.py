@@ -36,8 +36,8 @@ class Cause:
 
 
 _REBUILD = (
-    "delete the fleet's keys but its policy while gateways run, as docs/state.md has it: each replica then tells the "
-    "store anew what it carries, within a third of the lease time"
+    "delete the fleet's keys but its policy while gateways run, as docs/state.md has it: each replica then tells "
+    "the store anew what it carries, within a third of the lease time"
 )
 _OTHER_VERSION = "another program or version wrote to the fleet's keys, or a write was lost in a failover"
 
