@@ -162,4 +162,4 @@ class Mirror:
 
 
 def _carries(load: LoadVector) -> bool:
-    return not load.idle or bool(load.residents)
+    return not load.idle or any(load.residents.values())
