@@ -43,17 +43,38 @@ from simulator.workload import MODEL, offered, tier_set
 from tiergate_engine.model import EngineModel
 from workloads.mix import TierShare
 
-PROFILE = "h200-llama-3.1-8b-bf16"
-WORKLOAD = Workload(
-    "sharegpt_llama31_8b",
-    tuple(
-        TierShare(f"t{tpot_ms}", Slo(1.0, tpot_ms / 1e3), share)
-        for tpot_ms, share in ((20, 0.1), (30, 0.2), (50, 0.3), (100, 0.4))
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Engines and what is offered to them. The gateway runs as on stock engines: a static token budget, residents'
+    slack checked."""
+
+    profile: str
+    workload: Workload
+    contender: Contender
+
+
+def _tiers(promises: Sequence[tuple[float, int]]) -> tuple[TierShare, ...]:
+    """A tenth, two, three and four tenths of the requests, tight to loose; (TTFT in s, TPOT in ms)."""
+    return tuple(
+        TierShare(f"t{tpot_ms}", Slo(ttft_s, tpot_ms / 1e3), share / 10)
+        for (ttft_s, tpot_ms), share in zip(promises, (1, 2, 3, 4), strict=True)
+    )
+
+
+SCENES = {
+    "slow": Scene(
+        "rtxpro6000-qwen3-32b-bf16",
+        Workload("azure2023_conv", _tiers(((1.5, 75), (2.0, 100), (3.0, 150), (5.0, 300)))),
+        Contender("polyserve_co", (("chunk_tokens", 512), ("driven", False))),
     ),
-    (0.3, 0.5, 1.0),
-)
-CONTENDER = Contender("polyserve_co", (("driven", False),))
-"""As the gateway runs on stock engines: a static token budget, residents' slack checked."""
+    "fast": Scene(
+        "h200-llama-3.1-8b-bf16",
+        Workload("sharegpt_llama31_8b", _tiers(((1.0, 20), (1.0, 30), (1.0, 50), (1.0, 100))), (0.3, 0.5, 1.0)),
+        Contender("polyserve_co", (("driven", False),)),
+    ),
+}
+"""Steps of tens of milliseconds under promises to match, and steps of a few (PolyServe's promises)."""
 
 REPLICAS = (1, 2, 4, 8)
 AGES_S = (0.0, 0.02, 0.05, 0.1, 0.2)
@@ -62,8 +83,9 @@ GOODPUT_AT = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is run."""
+    """How much is run, of which scene."""
 
+    scene: Scene
     backends: int
     rates_rps: tuple[float, ...]
     busy_rps: float  # where requests are held, and some are refused
@@ -71,8 +93,12 @@ class Size:
     measured: int
 
 
-QUICK = Size(4, (50.0, 56.0, 62.0), 56.0, 2, 800)
-FULL = Size(4, (48.0, 52.0, 56.0, 60.0, 64.0), 56.0, 10, 2000)
+SIZES = {
+    ("slow", "quick"): Size(SCENES["slow"], 4, (8.0, 10.0, 12.0), 10.0, 3, 400),
+    ("slow", "full"): Size(SCENES["slow"], 4, (8.0, 9.0, 10.0, 11.0, 12.0), 10.0, 10, 1500),
+    ("fast", "quick"): Size(SCENES["fast"], 4, (50.0, 56.0, 62.0), 56.0, 2, 800),
+    ("fast", "full"): Size(SCENES["fast"], 4, (48.0, 52.0, 56.0, 60.0, 64.0), 56.0, 10, 2000),
+}
 
 
 class Watched(SimFleet):
@@ -118,9 +144,11 @@ def run(
     size: Size, replicas: int, rate_rps: float, age_s: float, seed: int, yield_s: float | None = None
 ) -> Outcome:
     """One run; `yield_s` in place of the default."""
-    spec = FleetSpec((Engines(PROFILE, size.backends),), replicas=replicas, view_age_s=age_s)
-    cell = Cell(WORKLOAD, spec, CONTENDER, rate_rps, seed, size.measured // 4, size.measured, size.measured // 8)
-    kinds, setup, tiers = kinds_of(spec), setup_for(CONTENDER), tier_set(WORKLOAD)
+    scene = size.scene
+    spec = FleetSpec((Engines(scene.profile, size.backends),), replicas=replicas, view_age_s=age_s)
+    counts = size.measured // 2, size.measured, size.measured // 8
+    cell = Cell(scene.workload, spec, scene.contender, rate_rps, seed, *counts)
+    kinds, setup, tiers = kinds_of(spec), setup_for(scene.contender), tier_set(scene.workload)
     if yield_s is not None:
         setup = replace(setup, options=replace(setup.options, yield_s=yield_s))
     requests = offered(
@@ -288,12 +316,14 @@ def fairness_table(runs: Runs, ages_s: Sequence[float]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["quick", "full"], default="quick", help="quick takes a few minutes")
+    parser.add_argument("--scene", choices=list(SCENES), default="slow", help="steps of tens of ms, or of a few")
     parser.add_argument("--only", choices=["attainment", "prediction", "fairness"], help="one of the tables")
     args = parser.parse_args(arguments)
-    size = FULL if args.size == "full" else QUICK
+    size = SIZES[args.scene, args.size]
     runs = Runs(size)
     ages_s = AGES_S if args.size == "full" else (0.0, 0.1)
-    print(f"simulated; {size.seeds} seeds of {size.measured} measured requests a run")
+    print(f"simulated, {size.backends} x {size.scene.profile}")
+    print(f"{size.seeds} seeds of {size.measured} measured requests a run")
     if args.only in (None, "attainment"):
         for age_s in (0.0, 0.05):
             print("\n".join(["", *attainment_table(runs, age_s)]), flush=True)

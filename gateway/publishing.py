@@ -29,7 +29,7 @@ class Core(Protocol):
     @property
     def backends(self) -> Iterable[str]: ...
 
-    def begin_publish(self, backend: str) -> LoadVector | None: ...
+    def begin_publish(self, backend: str, now_s: float) -> LoadVector | None: ...
 
     def settle_publish(self, backend: str, taken: bool | None) -> None: ...
 
@@ -81,7 +81,7 @@ class Publisher:
             if backend in self._ending:
                 continue
             sequence = store.sequence_of(backend)
-            own = core.begin_publish(backend)
+            own = core.begin_publish(backend, now_s)
             if own is not None:
                 publications.append(Publication(backend, own, sequence + 1))
         first = core.first_held()

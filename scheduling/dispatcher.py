@@ -28,6 +28,7 @@ from scheduling.load import LoadVector
 from scheduling.options import Options
 from scheduling.placing import Look
 from scheduling.policies.protocol import Policy
+from scheduling.predict import prefill_left_tokens
 from scheduling.refusing import at_once, may_retry, within_reach
 from scheduling.requests import Request
 from scheduling.residents import expected_output_tokens
@@ -124,10 +125,11 @@ class Dispatcher:
         """The names of all."""
         return [ledger.backend.name for ledger in self.fleet]
 
-    def begin_publish(self, backend: str) -> LoadVector | None:
+    def begin_publish(self, backend: str, now_s: float) -> LoadVector | None:
         """What is to be published of a backend; None when there is nothing new, or a lease there has been asked
         for and not answered. The shell asks only when the store has answered for every lease that ended there."""
-        return self.fleet[backend].begin_publish()
+        ledger = self.fleet[backend]
+        return ledger.begin_publish(prefill_left_tokens(ledger, now_s))
 
     def settle_publish(self, backend: str, taken: bool | None) -> None:
         """The store took it, refused it, or (None) nobody knows. From `begin_publish` until then limits hold for

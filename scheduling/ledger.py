@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from scheduling.backends import Backend
 from scheduling.growth import GrowthCurve
@@ -172,14 +173,14 @@ class Ledger:
             self._subtract(resident)
         return resident
 
-    def begin_publish(self) -> LoadVector | None:
+    def begin_publish(self, prefill_left_tokens: int) -> LoadVector | None:
         """What this replica carries here, for the store to count in place of single costs; None when it counts
         about that already, when a lease has been asked for and not answered, or while a publish is on its way.
 
         Whoever publishes it says by `settle_publish` what came of it."""
         if self.asked or self.stored.publishing:
             return None
-        own = self.own_load()
+        own = replace(self.own_load(), queued_prefill_tokens=prefill_left_tokens)
         if not self._told.is_news(own, self.stored):
             return None
         self.stored.begin(own)

@@ -250,13 +250,39 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
         return 0, step_s - max(now_s - ledger.last_step_s, 0.0) % step_s if step_s > 0 else 0.0
     head = min(chunk, queued)
     step_s = step_time.seconds_of(head, 1, 0, head * head / 2, ledger.decodes, ledger.decode_kv_tokens)
-    own = queued - ledger.foreign.queued_prefill_tokens
-    began_s = ledger.prefill_since_s if own else -math.inf
-    if own < queued:
-        began_s = max(began_s, ledger.foreign_since_s)
-    done_steps, into_s = divmod(max(now_s - began_s, 0.0), step_s) if step_s > 0 else (0.0, 0.0)
     # the step in flight is counted as waiting, so its chunk is not ahead any more
+    if ledger.foreign.queued_prefill_tokens:
+        left = _left_of_all(ledger, head / step_s if step_s > 0 else math.inf, now_s) - head
+        if ledger.last_step_s is None or step_s <= 0:
+            return max(left, 0), step_s
+        return max(left, 0), step_s - max(now_s - ledger.last_step_s, 0.0) % step_s
+    since_s = now_s - ledger.prefill_since_s
+    done_steps, into_s = divmod(max(since_s, 0.0), step_s) if step_s > 0 else (0.0, 0.0)
     done = (done_steps + 1) * head
     if done < queued:
         return int(queued - done), max(step_s - into_s, 0.0)
     return 0, max(step_s - into_s, 0.0) if done_steps * head < queued else step_s
+
+
+def _left_of_all(ledger: Ledger, tokens_per_s: float, now_s: float) -> int:
+    """Prompt tokens that are queued here by all replicas: ours by when their first tokens are expected, the
+    others' by what has passed since they were told."""
+    done = tokens_per_s * max(now_s - ledger.foreign_since_s, 0.0)
+    return prefill_left_tokens(ledger, now_s) + int(max(ledger.foreign.queued_prefill_tokens - done, 0.0))
+
+
+def prefill_left_tokens(ledger: Ledger, now_s: float) -> int:
+    """What the engine still has to compute of this replica's prompts, by when their first tokens are expected; of
+    each that has no token yet a chunk at least."""
+    queued = ledger.queued_prefill_tokens - ledger.foreign.queued_prefill_tokens
+    if not queued or ledger.chunk_step_s <= 0:
+        return queued
+    chunk = ledger.full_chunk_tokens
+    tokens_per_s = chunk / ledger.chunk_step_s
+    return sum(
+        [
+            int(min(max((one.expected_first_s - now_s) * tokens_per_s, chunk), one.prefill_tokens))
+            for one in ledger.residents.values()
+            if not one.first_token and (one.request.streamed or now_s < one.expected_first_s)
+        ]
+    )

@@ -79,7 +79,7 @@ class Replica:
         for ledger in dispatcher.fleet:
             name = ledger.backend.name
             sequence = self._store.sequence_of(name)
-            own = dispatcher.begin_publish(name)
+            own = dispatcher.begin_publish(name, self._agenda.now_s)
             if own is not None:
                 begun.append(Publication(name, own, sequence + 1))
         taken = self._store.publish(begun)
