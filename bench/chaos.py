@@ -49,7 +49,15 @@ def plan_of(number: int, seed: int, args: argparse.Namespace) -> Plan:
     size = Size(args.gateways, args.engines, args.cap, args.lease_s, persistent)
     shape = Shape(rate_rps=args.rate)
     most_down = min(1 + args.gateways // 2 + args.engines // 3, args.gateways + args.engines - 2)
-    return Plan(seed, args.round_s, size=size, shape=shape, harshness=harshness, most_down=max(most_down, 1))
+    return Plan(
+        seed,
+        args.round_s,
+        size=size,
+        shape=shape,
+        harshness=harshness,
+        longest_stop_leases=args.stop_leases,
+        most_down=max(most_down, 1),
+    )
 
 
 def row(report: Report) -> list[str]:
@@ -88,6 +96,9 @@ def main() -> int:
     parser.add_argument("--engines", type=int, default=4)
     parser.add_argument("--cap", type=int, default=6, help="sequences on an engine; default: %(default)s")
     parser.add_argument("--lease-s", type=float, default=2.0)
+    parser.add_argument(
+        "--stop-leases", type=float, default=3.0, help="longest SIGSTOP of a gateway, in lease times"
+    )
     parser.add_argument("--rate", type=float, default=20.0, help="requests/s offered; default: %(default)s")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave logs and journals of bad rounds there")
     args = parser.parse_args()

@@ -30,6 +30,8 @@ class Plan:
 
     Attributes:
         harshness: faults come so many times as often.
+        longest_stop_leases: gateways are stopped for at most so many lease times.
+        most_down: at most so many actors are in trouble at a time.
     """
 
     seed: int
@@ -39,6 +41,7 @@ class Plan:
     size: Size = field(default_factory=Size)
     shape: Shape = field(default_factory=Shape)
     harshness: float = 1.0
+    longest_stop_leases: float = 1.6
     most_down: int = 3
 
 
@@ -63,21 +66,24 @@ class Report:
         return counts
 
 
-def menus(size: Size, harshness: float) -> list[Menu]:
+def menus(plan: Plan) -> list[Menu]:
     """What may go wrong, how often and for how long."""
+    size = plan.size
     gateways = tuple(f"gateway{number}" for number in range(size.gateways if size.shared else 1))
     engines = tuple(f"engine{number}" for number in range(size.engines))
-    lease_s = size.lease_s
+    longest_stop_s = plan.longest_stop_leases * size.lease_s
     found = [
         Menu(Harm.KILL, gateways, 9.0, 0.2, 2.0),
         Menu(Harm.KILL, engines, 12.0, 0.2, 2.0),
-        Menu(Harm.PAUSE, gateways, 11.0, 0.1, 1.6 * lease_s),
+        Menu(Harm.PAUSE, gateways, 11.0, 0.1, longest_stop_s),
         Menu(Harm.PAUSE, engines, 14.0, 0.1, 1.5),
     ]
     if size.shared:
         found.append(Menu(Harm.KILL, ("redis",), 13.0, 0.1, 1.5))
         found.append(Menu(Harm.PAUSE, ("redis",), 17.0, 0.1, 1.0))
-    return [Menu(one.harm, one.targets, one.every_s / harshness, one.shortest_s, one.longest_s) for one in found]
+    return [
+        Menu(one.harm, one.targets, one.every_s / plan.harshness, one.shortest_s, one.longest_s) for one in found
+    ]
 
 
 def draw(plan: Plan) -> list[Fault]:
@@ -85,7 +91,7 @@ def draw(plan: Plan) -> list[Fault]:
     until_s = plan.load_s - plan.calm_s
     if until_s <= plan.quiet_s:
         return []
-    return draw_faults(plan.seed, plan.quiet_s, until_s, menus(plan.size, plan.harshness), plan.most_down)
+    return draw_faults(plan.seed, plan.quiet_s, until_s, menus(plan), plan.most_down)
 
 
 async def run(plan: Plan, folder: Path) -> Report:

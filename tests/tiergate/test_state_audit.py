@@ -21,7 +21,8 @@ from state.redis.connect import connect
 from state.redis.inventory import InventoryReader
 from state.redis.keys import Keys
 from state.redis.scripts import load_script
-from tests.chaos.stand import ADMIN_TOKEN, FLEET, MODEL, Size, Stand, standing
+from tests.chaos.load import Shape, offer, plan_crowds
+from tests.chaos.stand import ADMIN_TOKEN, FLEET, MIX, MODEL, Size, Stand, standing
 from tiergate.cli import main
 
 _LEASE_S = 5.0
@@ -115,6 +116,7 @@ async def test_an_audit_names_what_was_done_behind_the_gateways_backs(tmp_path: 
         denied, out, _ = await _audit(stand, "--readings", "2", TIERGATE_ADMIN_TOKEN=f"not-{ADMIN_TOKEN}")
         assert denied == 2, out
         assert "401" in out
+        await _while_requests_come_and_go(stand)
         engine = f"http://127.0.0.1:{stand.engine_ports['engine1']}/v1"
         async with _streams(*urls, each=3):
             busy = await _look(stand)
@@ -142,6 +144,17 @@ async def test_an_audit_names_what_was_done_behind_the_gateways_backs(tmp_path: 
         code, _, err = await _audit(stand)
         assert code == 2
         assert "cannot be read" in err
+
+
+async def _while_requests_come_and_go(stand: Stand) -> None:
+    """Short requests, some of whose clients hang up: what differs between two readings is no difference."""
+    crowds = plan_crowds(stand.urls(), MIX, Shape(rate_rps=15.0, vanishing=0.3), duration_s=5.0, seed=1)
+    async with asyncio.TaskGroup() as tasks:
+        offered = tasks.create_task(offer(crowds, MODEL, seed=1))
+        await asyncio.sleep(1.0)
+        found = await _look(stand)
+    assert (found.code, found.kinds) == (0, []), found.said
+    assert len(offered.result()) > 30
 
 
 async def _the_dead(stand: Stand) -> None:
