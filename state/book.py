@@ -111,6 +111,11 @@ class Site:
         """Whether nobody ever said where it belongs."""
         return self.membership is _NOWHERE
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing that the store is being asked may change what is carried here."""
+        return self.shadow is None and not any(lease.asking for lease in self.leases.values())
+
     def tightest_ms(self) -> float:
         return min((lease.cost.tpot_ms for lease in self.leases.values()), default=float("inf"))
 

@@ -134,7 +134,7 @@ class Mending:
         own = [
             Publication(backend, site.own.vector(0.0), inner.sequence_of(backend) + 1)
             for backend, site in self._book.sites.items()
-            if site.shadow is None
+            if site.settled
         ]
         await self.ask(inner.publish(own, self.held))
 

@@ -18,7 +18,7 @@ from .faulty import Fault, FaultyStore
 
 ONE = Cost(1, 100, 50, "chat", 50.0)
 BOX = Limits(12, 10**6, 10**6)
-SHELTER = Shelter(deadline_s=0.02, lease_s=10.0, settle_s=0.8, look_over_s=1.0)
+SHELTER = Shelter(deadline_s=0.05, lease_s=10.0, settle_s=0.8, look_over_s=1.0)
 
 
 class Clock:
@@ -354,21 +354,21 @@ async def test_a_lease_that_is_being_asked_for_is_not_told_of_as_well(fleet: Fle
     store, inner = fleet.stores[0], fleet.inner[0]
     fleet.fail(Fault.GONE)
     assert await fleet.reserve(0, "one")
-    inner.fault = Fault.NONE
+    fleet.fail(Fault.NONE)
     await fleet.look()
     assert fleet.mode(0) is Mode.HEALING
-    inner.move_to(MemoryState(fleet.clock))  # so that there is much to tell
-    fleet.epoch = (await inner.inner.add_backend("x", "chat")).epoch
-    store._book.restate("x", Membership("chat", fleet.epoch))
+    assert await fleet.reserve(1, "tight", Cost(1, 1, 1, "code", 20.0))
+    picky = ReserveCandidate("x", ONE, BOX, 50.0, fleet.epoch)
     inner.fault = Fault.LATE
     async with asyncio.TaskGroup() as tasks:
-        asking = tasks.create_task(fleet.reserve(0, "denied", limits=Limits(9, 10, 10**6)))
+        asking = tasks.create_task(store.reserve("denied", (picky,)))
         await asyncio.sleep(0)
         inner.fault = Fault.NONE
         await store._mending.mend()
         inner.answer.set()
-    assert not asking.result()
+    assert isinstance(asking.result(), Denied)
     assert (await inner.inner.view())["x"].own.decodes == 1
+    assert (await store.view())["x"].own.decodes == 1
 
 
 async def test_healing_lasts_until_all_are_back(fleet: Fleet) -> None:
