@@ -31,10 +31,12 @@ from state.contract import (
 from state.redis import codec
 from state.redis.codec import items, text, whole
 from state.redis.connect import Answer, Connection
+from state.redis.healing import Healing
 from state.redis.keys import Keys
+from state.redis.library import load_library
 from state.redis.mirror import Changes, Hearing, Mirror
 from state.redis.own import Own
-from state.redis.scripts import Argument, Runner, Script, load_script
+from state.redis.scripts import Argument, Runner, Script
 from state.redis.upkeep import Upkeep
 from state.watch import Watch
 
@@ -63,50 +65,7 @@ class StoreOptions:
     endings: int = 65_536
 
 
-@dataclass(frozen=True, slots=True)
-class _Scripts:
-    reserve: Script
-    release: Script
-    publish: Script
-    announce: Script
-    add: Script
-    remove: Script
-    move: Script
-    view: Script
-    note: Script
-    beat: Script
-    bury: Script
-    join: Script
-
-
-def _load_scripts() -> _Scripts:
-    told = ("clock", "news", "parts")
-    return _Scripts(
-        load_script("reserve"),
-        load_script("release", "clock", "parts"),
-        load_script("publish", *told),
-        load_script("announce", *told),
-        load_script("add", *told),
-        load_script("remove", "clock", "news"),
-        load_script("move", *told),
-        load_script("view", *told),
-        load_script("note", *told),
-        load_script("beat", *told),
-        load_script("bury", *told, "removal"),
-        load_script("join", *told, "removal"),
-    )
-
-
-_SCRIPTS = _load_scripts()
-
-
-@dataclass(frozen=True, slots=True)
-class _Healing:
-    """The store forgot something: what it knows is whole once these were heard, or when the time is up."""
-
-    missing: frozenset[str]
-    began_s: float
-    until_s: float
+_SCRIPTS = load_library()
 
 
 class RedisStore:
@@ -137,7 +96,7 @@ class RedisStore:
         self._joining = asyncio.Lock()
         self._join_number = _NEVER
         self._era = _NEVER
-        self._healing: _Healing | None = None
+        self._healing = Healing(clock, options.lease_s)
         self._silent = False
         self._missed_writes = False
         self._closed = False
@@ -308,7 +267,7 @@ class RedisStore:
         writes, until every replica that was known before was heard again, or one lease time has passed."""
         if self._silent:
             return Mode.ALONE
-        return Mode.SHARED if self._healing is None else Mode.HEALING
+        return Mode.HEALING if self._healing.under_way else Mode.SHARED
 
     @property
     def replicas(self) -> int:
@@ -317,7 +276,7 @@ class RedisStore:
     @property
     def healing(self) -> bool:
         """Whether the store may not know yet what the others carry."""
-        return self._healing is not None
+        return self._healing.under_way
 
     async def run(self) -> None:
         await self._upkeep.run()
@@ -366,7 +325,7 @@ class RedisStore:
         else:
             for name in items(answer[3]):
                 await self._bury(text(name), leaves=False)
-        if self._healing is not None:
+        if self._healing.under_way:
             await self.resync()
 
     async def announce(self, backends: Iterable[str]) -> None:
@@ -377,8 +336,7 @@ class RedisStore:
         """Read everything anew. Raises StoreUnavailable."""
         picture = await self._look()
         changes = self._mirror.adopt(picture)
-        if self._healing is not None:
-            self._heal(self._healing, picture)
+        self._healing.look(picture)
         self._notify(changes)
 
     async def _look(self) -> codec.Picture:
@@ -460,19 +418,7 @@ class RedisStore:
 
     def _doubt(self) -> None:
         """What the store says of the others may be too little."""
-        if self._healing is not None:
-            return
-        now_s = self._clock()
-        missing = frozenset(self._mirror.live - {self._name})
-        if missing:
-            self._healing = _Healing(missing, now_s, now_s + self._options.lease_s)
-
-    def _heal(self, healing: _Healing, picture: codec.Picture) -> None:
-        since_s = self._clock() - healing.began_s
-        heard = {name for name, silent_s in picture.silent_s.items() if silent_s < since_s}
-        left = healing.missing - heard
-        over = not left or self._clock() >= healing.until_s
-        self._healing = None if over else replace(healing, missing=left)
+        self._healing.begin(self._mirror.live - {self._name})
 
     # --- small -------------------------------------------------------------------------------------------------
 
