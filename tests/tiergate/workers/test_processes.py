@@ -9,9 +9,10 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import aiohttp
 import orjson
 import pytest
 
@@ -33,10 +34,10 @@ from tests.tiergate.workers.rig import (
     until_told,
     whole,
 )
-from tiergate.audit.readings import read_carried
+from tiergate.audit.readings import Carried, read_carried
 
 WORKERS = 2
-TOKENS = 60
+TOKENS = 100
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +59,28 @@ async def _all_up(service: Service) -> None:
         await until_told(up)
 
 
+async def _arrived(
+    session: aiohttp.ClientSession, service: Service, before: dict[str, float], more: int
+) -> dict[str, float]:
+    """What is told once so many more requests have arrived."""
+    found = before
+
+    async def told() -> bool:
+        nonlocal found
+        found = await metrics(session, service)
+        name = "tiergate_requests_arrived_total{}"
+        return found[name] >= before[name] + more
+
+    await until_told(told)
+    return found
+
+
 async def test_requests_are_shared_out_and_counted_together(service: Service) -> None:
     async with clients() as session:
         before = await metrics(session, service)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(10)]
-            await asyncio.sleep(0.7)
-            during = await metrics(session, service)
+            during = await _arrived(session, service, before, 10)
         assert all(whole(one.result(), TOKENS) for one in running)
         after = await metrics(session, service)
 
@@ -104,17 +120,22 @@ async def test_a_decision_is_told_by_whoever_is_asked(service: Service) -> None:
 
 
 async def test_what_all_workers_carry_is_told_by_whoever_is_asked(service: Service) -> None:
+    told: Sequence[Carried] = ()
+
+    async def all_carried() -> bool:
+        nonlocal told
+        status, body = await admin(session, service, "carried")
+        assert status == 200
+        told = read_carried(body)
+        return sum(len(one.leases) for one in told) == 10
+
     async with clients() as session:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(10)]
-            await asyncio.sleep(0.7)
-            status, body = await admin(session, service, "carried")
-            assert status == 200
-            told = read_carried(body)
+            await until_told(all_carried)
         assert all(whole(one.result(), TOKENS) for one in running)
     assert len({one.replica for one in told}) == WORKERS
     assert {one.fleet for one in told} == {"default"}
-    assert sum(len(one.leases) for one in told) == 10
 
 
 async def test_a_killed_worker_is_replaced_and_its_siblings_streams_go_on(service: Service) -> None:
@@ -122,8 +143,7 @@ async def test_a_killed_worker_is_replaced_and_its_siblings_streams_go_on(servic
         before = await metrics(session, service)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(10)]
-            await asyncio.sleep(0.7)
-            counted = await metrics(session, service)
+            counted = await _arrived(session, service, before, 10)
             old = service.workers()
             kill(old[0], signal.SIGKILL)
             # Somebody always accepts: requests that come now are served.
@@ -173,7 +193,7 @@ async def test_a_rolling_restart_loses_nothing(service: Service) -> None:
             arriving = [tasks.create_task(newcomers()) for _ in range(4)]
             running = [tasks.create_task(stream(session, service, 4 * TOKENS)) for _ in range(8)]
             kept = [tasks.create_task(_kept_open(service)) for _ in range(4)]
-            await asyncio.sleep(0.7)
+            await _arrived(session, service, before, 8)
             service.supervisor.signal(signal.SIGUSR2)
             await until(lambda: not set(service.workers()) & set(old))
             stop.set()
@@ -230,9 +250,10 @@ async def test_sigterm_to_one_worker_replaces_it(service: Service) -> None:
     await _all_up(service)
     old = service.workers()
     async with clients() as session:
+        before = await metrics(session, service)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(6)]
-            await asyncio.sleep(0.7)
+            await _arrived(session, service, before, 6)
             kill(old[0], signal.SIGTERM)
         assert all(whole(one.result(), TOKENS) for one in running)
         await until(lambda: old[0] not in service.workers())
@@ -263,9 +284,10 @@ async def test_when_the_supervisor_is_killed_the_workers_finish_and_the_address_
     await _all_up(service)
     workers, (watcher,) = service.workers(), service.watchers()
     async with clients() as session:
+        before = await metrics(session, service)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(stream(session, service, 2 * TOKENS)) for _ in range(6)]
-            await asyncio.sleep(0.7)
+            await _arrived(session, service, before, 6)
             service.supervisor.signal(signal.SIGKILL)
             await until_told(lambda: _is(ready(session, service), 0))
             assert all(alive(pid) for pid in workers), "the workers still have streams"
@@ -280,10 +302,11 @@ async def test_sigterm_lets_streams_end_and_a_second_signal_does_not(tmp_path: P
     with serving(tmp_path / "one", "--workers", "2", "--store", "embedded") as service:
         (watcher,) = service.watchers()
         async with clients() as session:
+            before = await metrics(session, service)
             async with asyncio.TaskGroup() as tasks:
                 short = [tasks.create_task(stream(session, service, TOKENS)) for _ in range(4)]
                 long = [tasks.create_task(stream(session, service, 3_000)) for _ in range(2)]
-                await asyncio.sleep(0.7)
+                await _arrived(session, service, before, 6)
                 service.supervisor.signal(signal.SIGTERM)
                 await until_told(lambda: _is(ready(session, service), 503))
                 assert (await ask(session, service))[0] == 503
