@@ -87,7 +87,6 @@ class RedisStore:
         self._keys = Keys.of(fleet)
         self._name = replica
         self._options = options
-        self._clock = clock
         self._runner = Runner(connection, options.timeout_s)
         self._own = Own()
         self._mirror = Mirror(replica, clock)
