@@ -12,6 +12,7 @@ from pathlib import Path
 
 import aiohttp
 
+from loadgen.results import refusals
 from scheduling.scoring import RequestEnd
 from tests.chaos.checks import CHECKS, Peak, Rules, peaks
 from tests.chaos.counters import Settled, wait_zero
@@ -64,6 +65,10 @@ class Report:
             end = "vanished" if client.vanished else client.result.record.end.value
             counts[end] = counts.get(end, 0) + 1
         return counts
+
+    def reasons(self) -> dict[str, int]:
+        """Why requests were refused or failed, in their clients' words, the most frequent first."""
+        return refusals([client.result for client in self.evidence.clients if not client.vanished])
 
 
 def menus(plan: Plan) -> list[Menu]:
@@ -201,6 +206,7 @@ def tell(report: Report) -> str:
     lines = [f"seed {report.plan.seed}: {len(report.evidence.clients)} requests, {len(report.faults)} faults"]
     lines += [str(fault) for fault in report.faults]
     lines.append("requests: " + ", ".join(f"{count} {end}" for end, count in sorted(report.ends().items())))
+    lines.append("not served: " + ", ".join(f"{count} {why}" for why, count in report.reasons().items()))
     cap = report.plan.size.cap
     for name in sorted(report.evidence.journals):
         calm, troubled = report.calm_peaks.get(name), report.troubled_peaks.get(name)
