@@ -39,6 +39,7 @@ PROFILE = "h100-llama-3.1-8b-fp8"
 MODEL = "bench"
 ENGINES = 2
 WARM_S = 1.0
+FULL = 0.9  # of a core
 TICKS = os.sysconf("SC_CLK_TCK")
 # Generous promises: what is measured is the work of keeping them, not refusals.
 TIERS = [{"name": "fast", "ttft_ms": 10_000, "tpot_ms": 100}, {"name": "chat", "ttft_ms": 20_000, "tpot_ms": 500}]
@@ -116,9 +117,9 @@ def _measure(args: argparse.Namespace, folder: Path, runner: asyncio.Runner) -> 
     print(f"answers of {args.tokens} tokens from {ENGINES} emulated engines; CPU in cores, over the whole run\n")
     print(
         "| workers | requests/s | tokens/s | TTFT p50, p99 ms | CPU workers | engines | store | load | busy "
-        "| requests/s per worker core | requests by worker |"
+        "| requests/s per worker core | requests by worker | limit |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|")
     for workers in [0, *args.workers]:
         with _serving(folder, workers, args.kind) as gateway:
             print(runner.run(_row(gateway, workers, args)), flush=True)
@@ -150,9 +151,20 @@ async def _row(gateway: Gateway, workers: int, args: argparse.Namespace) -> str:
         f"{busy:.0%}",
         f"{load.done / took_s / max(used['workers'], 1e-9):,.0f}",
         ", ".join(f"{share:.0f}" for share in shares) or "-",
+        _limit(used, workers, busy),
     ]
     wrong = f" wrong: {dict(load.wrong)}" if load.wrong else ""
     return f"| {' | '.join(cells)} |{wrong}"
+
+
+def _limit(used: Mapping[str, float], workers: int, busy: float) -> str:
+    """What could not do more. Each role but the workers is one process, which has one core at most."""
+    full = [role for role in ("engines", "store", "load") if used[role] > FULL]
+    if used["workers"] > FULL * max(workers, 1):
+        full.append("workers")
+    if full:
+        return f"a core each of: {', '.join(full)}"
+    return "all cores of the machine" if busy > FULL else "none: clients wait for answers"
 
 
 async def _closed_loop(url: str, clients: int, seconds: float, body: bytes) -> Load:
