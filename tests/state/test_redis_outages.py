@@ -24,7 +24,6 @@ from .conftest import SERVERS, Asking, ServedCluster
 
 KINDS = pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.value)
 PATIENCE_S = 20.0
-QUICK = StoreOptions(lease_s=0.6, timeout_s=1.0)
 STEADY = StoreOptions(lease_s=30.0, timeout_s=1.0)
 TIGHT = Cost(1, 10, 5, "code", 20.0)
 
@@ -153,10 +152,18 @@ async def test_who_meets_an_emptied_store_says_that_it_heals(fleet: ServedCluste
     await two.close()
 
 
-@on(QUICK)
+async def last_heard(fleet: ServedCluster, key: str, leases_ago: float, *names: str) -> None:
+    """As if these had been heard last so many lease times ago: silence without waiting for it."""
+    before_ms = round((time.time() - leases_ago * fleet.options.lease_s) * 1000.0)
+    for name in names:
+        await fleet.connection().run("ZADD", key, "XX", before_ms, name)
+
+
+@on(STEADY)
 async def test_a_dead_replicas_load_counts_on_and_then_ends(fleet: ServedCluster, asking: Asking) -> None:
     one = await fleet.replica("a")
-    dead = RedisStore(fleet.connection(), fleet.fleet, "dead", QUICK)
+    dead = RedisStore(fleet.connection(), fleet.fleet, "dead", fleet.options)
+    keys = Keys.of(fleet.fleet)
     epoch = (await one.add_backend("x", None)).epoch
     await dead.reserve("1", [asking("x", epoch, cost=TIGHT)])
     await dead.publish((), (Held("m", "chat", 0.5, 1, 10),))
@@ -166,14 +173,19 @@ async def test_a_dead_replicas_load_counts_on_and_then_ends(fleet: ServedCluster
     events = one.watch()
     full = Limits(1, 10**9, 10**9)
 
-    async def given_up() -> bool:
-        return "dead" in (await one.picture()).orphans
-
-    await until(given_up)
+    await last_heard(fleet, keys.replicas, 0.9, "dead")
+    await one.beat()
+    assert not (await one.picture()).orphans
+    await last_heard(fleet, keys.replicas, 1.5, "dead")
+    await one.beat()
     # An orphan: its load counts on, whatever else is forgotten of it.
-    if "dead" in (await one.picture()).orphans:
-        assert isinstance(await one.reserve("2", [asking("x", epoch, limits=full)]), Denied)
-    await until(lambda: _has(one, "x", (0, 0)))
+    assert (await one.picture()).orphans == {"dead"}
+    assert isinstance(await one.reserve("2", [asking("x", epoch, limits=full)]), Denied)
+    await one.beat()
+    assert (await one.picture()).orphans == {"dead"}
+    await last_heard(fleet, keys.orphans, 2.5, "dead")
+    await one.beat()
+    assert await decodes(one) == (0, 0)
     assert isinstance(
         await one.reserve("3", [asking("x", epoch, limits=full, tightest_resident_ms=50.0)]), Granted
     )
@@ -186,11 +198,10 @@ async def test_a_dead_replicas_load_counts_on_and_then_ends(fleet: ServedCluster
             told_empty |= isinstance(event, StoreEvent) and event.load.foreign.idle
             if told_empty and told_nobody:
                 break
-    left = await fleet.connection().run("EXISTS", Keys.of(fleet.fleet).leases("dead"))
-    assert left == 0
+    assert await fleet.connection().run("EXISTS", keys.leases("dead"), keys.ended("dead")) == 0
 
 
-@on(StoreOptions(lease_s=2.0, timeout_s=1.0))
+@on(STEADY)
 async def test_the_engines_own_count_ends_an_orphans_load(fleet: ServedCluster, asking: Asking) -> None:
     one = await fleet.replica("a")
     dead, dead_too = (RedisStore(fleet.connection(), fleet.fleet, name, fleet.options) for name in ("dead", "too"))
@@ -201,12 +212,9 @@ async def test_the_engines_own_count_ends_an_orphans_load(fleet: ServedCluster, 
     await one.reserve("live", [asking("x", epoch)])
     await one.note_engine("x", 0)  # nobody is dead: an engine that has not met them yet proves nothing
     assert await decodes(one) == (1, 4)
-
-    async def given_up() -> bool:
-        return (await one.picture()).orphans == {"dead", "too"}
-
-    await until(given_up)
-    await until(lambda: _is(lambda: one.replicas == 1))
+    await last_heard(fleet, Keys.of(fleet.fleet).replicas, 1.5, "dead", "too")
+    await one.beat()
+    await until(lambda: _is(lambda: one._mirror.orphans == {"dead", "too"}))
     await one.note_engine("x", 9)
     assert await decodes(one) == (1, 4)
     await one.note_engine("x", 2)
@@ -216,20 +224,21 @@ async def test_the_engines_own_count_ends_an_orphans_load(fleet: ServedCluster, 
     assert await decodes(one) == (1, 0)
     await one.release("live")
     assert (await one.view())["x"].foreign.idle
-    assert "dead" in (await one.picture()).orphans  # all that was before twice the lease time
 
 
-@on(QUICK)
+@on(STEADY)
 async def test_a_replica_that_was_given_up_comes_back_whole(fleet: ServedCluster, asking: Asking) -> None:
     one = await fleet.replica("a")
-    back = RedisStore(fleet.connection(), fleet.fleet, "back", QUICK)
+    back = RedisStore(fleet.connection(), fleet.fleet, "back", fleet.options)
     epoch = (await one.add_backend("x", "chat")).epoch
     await one.add_backend("gone", "chat")
     gone = (await one.view())["gone"].membership.epoch
     for lease in ("1", "2"):
         await back.reserve(lease, [asking("x", epoch)])
     await back.reserve("on gone", [asking("gone", gone)])
-    await until(lambda: _has(one, "x", (0, 0)))  # silent for twice the lease time
+    await last_heard(fleet, Keys.of(fleet.fleet).replicas, 2.5, "back")
+    await one.beat()
+    assert await decodes(one) == (0, 0)
     await one.remove_backend("gone")
     answer = await back.reserve("3", [asking("x", epoch)])
     assert isinstance(answer, Granted)
@@ -345,22 +354,15 @@ async def test_silence_of_everybody_makes_nobody_dead(fleet: ServedCluster) -> N
     one, two = (RedisStore(fleet.connection(), fleet.fleet, name, fleet.options) for name in "ab")
     for store in (one, two, one):
         await store.beat()
-    keys, admin = Keys.of(fleet.fleet), fleet.connection()
-
-    async def set_back(*names: str, heard: bool) -> None:
-        """As if these had been heard last four lease times ago, and others lately or not."""
-        before_ms = round(time.time() * 1000.0 - 4000.0 * fleet.options.lease_s)
-        for name in names:
-            await admin.run("ZADD", keys.replicas, before_ms, name)
-        if not heard:
-            await admin.run("HSET", keys.meta, "beaten", before_ms)
-
-    await set_back("a", "b", heard=False)
+    keys = Keys.of(fleet.fleet)
+    before_ms = round((time.time() - 4.0 * fleet.options.lease_s) * 1000.0)
+    await last_heard(fleet, keys.replicas, 4.0, "a", "b")
+    await fleet.connection().run("HSET", keys.meta, "beaten", before_ms)  # of anybody
     await one.beat()
     picture = await one.picture()
     assert set(picture.silent_s) == {"a", "b"}
     assert not picture.orphans
-    await set_back("b", heard=True)
+    await last_heard(fleet, keys.replicas, 4.0, "b")
     await one.beat()
     assert set((await one.picture()).silent_s) == {"a"}
     await two.beat()
