@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from scheduling.ledger import DEFAULT_CHUNK_TOKENS, Ledger
 from scheduling.requests import Request
 
+TOLD_WITHIN_S = 0.1
+"""Replicas tell how far their prompts are within this time, twice the period of publishing."""
+
 MOST_PREFILL_SHARE = 0.75
 """Largest share of time that prompts are expected to take from decodes: beyond it no mean is meaningful."""
 
@@ -266,8 +269,9 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
 
 def _left_of_all(ledger: Ledger, tokens_per_s: float, now_s: float) -> int:
     """Prompt tokens that are queued here by all replicas: ours by when their first tokens are expected, the
-    others' by what has passed since they were told."""
-    done = tokens_per_s * max(now_s - ledger.foreign_since_s, 0.0)
+    others' as they told; they may have queued more since, so no progress is presumed before they should have told
+    anew."""
+    done = tokens_per_s * max(now_s - ledger.foreign_since_s - TOLD_WITHIN_S, 0.0)
     return prefill_left_tokens(ledger, now_s) + int(max(ledger.foreign.queued_prefill_tokens - done, 0.0))
 
 

@@ -13,7 +13,7 @@ from scheduling.backends import Backend, EngineLimits
 from scheduling.ledger import Ledger
 from scheduling.lengths import FixedLength
 from scheduling.load import LoadVector
-from scheduling.predict import expected_tpot_s, steady_step_s, walk_prefill
+from scheduling.predict import expected_tpot_s, prefill_left_tokens, steady_step_s, walk_prefill
 from scheduling.residents import Resident
 from scheduling.tiers import Slo
 from tests.scheduling.play import STEP_TIME, backend, cost_of, request
@@ -152,16 +152,32 @@ def test_a_queue_of_ours_is_worked_off_with_time() -> None:
 
 
 def test_what_other_replicas_queued_is_ahead_until_it_may_have_been_done() -> None:
-    """From when it was told; the step in flight always has to end."""
+    """In full until they should have told anew; the step in flight always has to end."""
     ledger = Ledger(backend(max_batched_tokens=1000))
     ledger.set_foreign(LoadVector(2, 3000, 3000), math.inf, 1.0)
-    told = [
-        walk_prefill(ledger, request("n"), 1.0 + later_s, 1.0).service_s for later_s in (0.0, 0.12, 0.24, 50.0)
-    ]
-    assert told[0] > told[1] > told[2]
+    times_s = (1.0, 1.1, 1.22, 1.34, 51.0)
+    told = [walk_prefill(ledger, request("n"), now_s, 1.0).service_s for now_s in times_s]
+    assert told[0] == pytest.approx(told[1], rel=0.01)
+    assert told[1] > told[2] > told[3]
     assert told[0] > 0.3
-    assert told[0] - told[1] > 0.1
-    assert told[3] > ledger.decode_step_s
+    assert told[4] > ledger.decode_step_s
+
+
+def test_how_much_is_left_of_queued_prompts_goes_by_when_first_tokens_are_expected() -> None:
+    """Chunk by chunk, all of it at most, and a chunk until the token has come."""
+    ledger = Ledger(backend(max_batched_tokens=1000))
+    one = Resident(
+        "x", asked := request("x", prompt_tokens=5000), cost_of(asked), FixedLength(50.0), 0.0, guest=False
+    )
+    one.expected_first_s = 0.6
+    ledger.place(one, 0.0)
+    assert prefill_left_tokens(ledger, -1.0) == 5000
+    assert 2000 < prefill_left_tokens(ledger, 0.3) < 3500
+    assert prefill_left_tokens(ledger, 9.0) == 1000
+    ledger.set_foreign(LoadVector(2, 3000, 3000), math.inf, 9.0)
+    assert prefill_left_tokens(ledger, 9.0) == 998, "ours only, in chunks beside two more decodes"
+    ledger.first_token("x", 9.0)
+    assert prefill_left_tokens(ledger, 9.0) == 0
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:
