@@ -169,9 +169,7 @@ class Worker:
         grace_s = self._settings.drain_grace_s
         order = await line.order()
         if order is Kind.RETIRE:
-            acceptor.stop()
-            for listener in self._listeners:
-                listener.close()  # where no supervisor is left, a new one can have the address
+            self._let_go(acceptor)
             ending = gateway.retire(grace_s)
         elif order is Kind.DRAIN:
             ending = gateway.drain(grace_s)
@@ -179,16 +177,22 @@ class Worker:
             return
         async with asyncio.TaskGroup() as tasks:
             ends = tasks.create_task(ending)
-            stops = tasks.create_task(_stopped(line))
+            stops = tasks.create_task(self._stopped(line, acceptor))
             await asyncio.wait({ends, stops}, return_when=asyncio.FIRST_COMPLETED)
             ends.cancel()
             stops.cancel()
         acceptor.stop()
 
+    async def _stopped(self, line: Line, acceptor: Acceptor) -> None:
+        while (order := await line.order()) is not Kind.STOP:
+            if order is Kind.RETIRE:
+                self._let_go(acceptor)
 
-async def _stopped(line: Line) -> None:
-    while await line.order() is not Kind.STOP:
-        pass
+    def _let_go(self, acceptor: Acceptor) -> None:
+        """Accept no more. Where no supervisor is left, a new one can have the address. Idempotent."""
+        acceptor.stop()
+        for listener in self._listeners:
+            listener.close()
 
 
 async def _settled(gateway: Gateway) -> None:
