@@ -42,6 +42,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
 }
 PURE = ("tiergate_engine", "scheduling")
+ARRAYS = "numpy"  # the core may reckon with arrays
 # An engine binding may import its engine, and nothing of ours may import a binding.
 BINDINGS = ("tiergate_engine.vllm", "tiergate_engine.sglang")
 # Runs from a source checkout only, and says so when `deploy` is not there: the wheel does not hold it.
@@ -152,9 +153,15 @@ def test_the_rule_finds_wrong_imports(name: str, source: str, wrong: list[str]) 
 
 
 @pytest.mark.parametrize("module", CORE, ids=_ids(CORE))
-def test_the_core_is_standard_library_only(module: Module) -> None:
+def test_the_core_needs_the_standard_library_and_arrays_only(module: Module) -> None:
     tops = {name.partition(".")[0] for name in imports(module)}
-    assert tops <= sys.stdlib_module_names | set(PURE)
+    assert tops <= sys.stdlib_module_names | set(PURE) | {ARRAYS}
+
+
+def test_the_core_draws_no_chance_from_arrays() -> None:
+    names = {name for module in CORE for name in imports(module)}
+    assert not {name for name in names if name.startswith(f"{ARRAYS}.random")}
+    assert not [module.name for module in CORE if re.search(r"\bnp\.random\b", module.path.read_text())]
 
 
 @pytest.mark.parametrize("module", CORE, ids=_ids(CORE))
