@@ -80,6 +80,7 @@ async def test_sighup_reads_the_file_again(
         write("before", one)
         async with _serving(tiergate_command, free_port(), "--config", str(path), "--quiet") as (process, ask):
             assert await _tier(ask) == "before"
+            process.send_signal(signal.SIGUSR2)  # which is for workers, and ends nobody
             path.write_text("tiers: broken")
             process.send_signal(signal.SIGHUP)
             await asyncio.sleep(0.3)
