@@ -25,6 +25,8 @@ FLEET = "chaos"
 _TIERGATE = (sys.executable, "-m", "tiergate")
 # Engines are slowed down so that few tokens, hence little of this machine, keep them busy.
 _HOST_STEP_MS = 20.0
+# Ten processes on two cores wait for each other; a store that is only late must not look like one that is gone.
+_STORE_TIMEOUT_MS = 500
 
 MIX = TierMix(
     (
@@ -166,7 +168,12 @@ def _settings(stand: Stand) -> dict[str, object]:
         "log_requests": False,
     }
     if stand.store is not None:
-        settings["store"] = {"url": stand.store.server.url, "fleet": FLEET, "lease_s": size.lease_s}
+        settings["store"] = {
+            "url": stand.store.server.url,
+            "fleet": FLEET,
+            "lease_s": size.lease_s,
+            "timeout_ms": _STORE_TIMEOUT_MS,
+        }
     return settings
 
 
