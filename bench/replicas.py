@@ -76,7 +76,9 @@ SCENES = {
 }
 """Steps of tens of milliseconds under promises to match, and steps of a few (PolyServe's promises)."""
 
-REPLICAS = (1, 2, 4, 8)
+FEW, ALL = (1, 4), (1, 2, 4, 8)
+"""Replicas."""
+
 AGES_S = (0.0, 0.02, 0.05, 0.1, 0.2)
 GOODPUT_AT = 0.9
 
@@ -91,13 +93,15 @@ class Size:
     busy_rps: float  # where requests are held, and some are refused
     seeds: int
     measured: int
+    replicas: tuple[int, ...]
+    ages_s: tuple[float, ...]
 
 
 SIZES = {
-    ("slow", "quick"): Size(SCENES["slow"], 4, (8.0, 10.0, 12.0), 10.0, 3, 400),
-    ("slow", "full"): Size(SCENES["slow"], 4, (8.0, 9.0, 10.0, 11.0, 12.0), 10.0, 10, 1500),
-    ("fast", "quick"): Size(SCENES["fast"], 4, (50.0, 56.0, 62.0), 56.0, 2, 800),
-    ("fast", "full"): Size(SCENES["fast"], 4, (48.0, 52.0, 56.0, 60.0, 64.0), 56.0, 10, 2000),
+    ("slow", "quick"): Size(SCENES["slow"], 4, (8.0, 10.0, 12.0), 10.0, 2, 300, FEW, (0.0, 0.1)),
+    ("slow", "full"): Size(SCENES["slow"], 4, (8.0, 9.0, 10.0, 11.0, 12.0), 10.0, 10, 1500, ALL, AGES_S),
+    ("fast", "quick"): Size(SCENES["fast"], 4, (50.0, 56.0, 62.0), 56.0, 2, 600, FEW, (0.0, 0.1)),
+    ("fast", "full"): Size(SCENES["fast"], 4, (48.0, 52.0, 56.0, 60.0, 64.0), 56.0, 10, 2000, ALL, AGES_S),
 }
 
 
@@ -245,7 +249,7 @@ def attainment_table(runs: Runs, age_s: float) -> list[str]:
         "replicas " + " ".join(f"{rate:>8g}" for rate in size.rates_rps) + "   goodput (90 %)  of one replica's",
     ]
     alone = goodput_rps(runs, 1, age_s)
-    for replicas in REPLICAS:
+    for replicas in size.replicas:
         each = [mean(runs.of(replicas, rate, age_s), lambda one: one.attainment) for rate in size.rates_rps]
         goodput = goodput_rps(runs, replicas, age_s)
         told = "-" if goodput is None else f"{goodput:.1f}"
@@ -258,7 +262,7 @@ def difference_table(runs: Runs, age_s: float) -> list[str]:
     """Attainment minus one replica's, seed by seed."""
     size = runs.size
     lines = [f"attainment minus one replica's, {age_s * 1e3:g} ms old (mean and 95 % half width over seeds)"]
-    for replicas in REPLICAS[1:]:
+    for replicas in size.replicas[1:]:
         cells = []
         for rate in size.rates_rps:
             pairs = zip(runs.of(replicas, rate, age_s), runs.of(1, rate, age_s), strict=True)
@@ -274,7 +278,7 @@ def prediction_table(runs: Runs, ages_s: Sequence[float]) -> list[str]:
         f"TTFT predictions at {rate:g} req/s: median and p90 of the relative error, bias (+: too long)",
         "replicas " + " ".join(f"{f'{age * 1e3:g} ms old':>22}" for age in ages_s),
     ]
-    for replicas in REPLICAS:
+    for replicas in runs.size.replicas:
         cells = []
         for age_s in ages_s:
             some = runs.of(replicas, rate, age_s)
@@ -290,7 +294,7 @@ def fairness_table(runs: Runs, ages_s: Sequence[float]) -> list[str]:
         f"fairness at {rate:g} req/s: how many were placed while an earlier one of their tier waited anywhere",
         "replicas  age ms  yields  overtook  attainment (worst best all)  mean wait ms (worst best)",
     ]
-    for replicas in REPLICAS:
+    for replicas in runs.size.replicas:
         for age_s in ages_s if replicas > 1 else (0.0,):
             for yield_s, told in ((0.0, "no"), (None, "yes")) if replicas > 1 else ((None, "-"),):
                 some = runs.of(replicas, rate, age_s, yield_s)
@@ -321,17 +325,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     size = SIZES[args.scene, args.size]
     runs = Runs(size)
-    ages_s = AGES_S if args.size == "full" else (0.0, 0.1)
+    full = args.size == "full"
     print(f"simulated, {size.backends} x {size.scene.profile}")
     print(f"{size.seeds} seeds of {size.measured} measured requests a run")
     if args.only in (None, "attainment"):
-        for age_s in (0.0, 0.05):
+        for age_s in (0.0, 0.05) if full else (0.05,):
             print("\n".join(["", *attainment_table(runs, age_s)]), flush=True)
             print("\n".join(["", *difference_table(runs, age_s)]), flush=True)
     if args.only in (None, "prediction"):
-        print("\n".join(["", *prediction_table(runs, ages_s)]), flush=True)
+        print("\n".join(["", *prediction_table(runs, size.ages_s)]), flush=True)
     if args.only in (None, "fairness"):
-        print("\n".join(["", *fairness_table(runs, ages_s[:3:2] if args.size == "full" else ages_s)]), flush=True)
+        print("\n".join(["", *fairness_table(runs, (0.0, 0.05) if full else (0.1,))]), flush=True)
     return 0
 
 
