@@ -38,7 +38,7 @@ class Plan:
     seed: int
     load_s: float = 40.0
     quiet_s: float = 2.0
-    calm_s: float = 6.0
+    calm_s: float = 4.0
     size: Size = field(default_factory=Size)
     shape: Shape = field(default_factory=Shape)
     harshness: float = 1.0

@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
 from scheduling.load import Cost, LoadVector
 from state.contract import Held, Publication
 from state.inventory import Damage, Inventory, contradictions
+from state.redis.address import parse_url
+from state.redis.connect import ConnectOptions, connect
 from state.redis.directory import Directory
 from state.redis.inventory import InventoryReader
 from state.redis.keys import Keys
+from state.redis.rights import acl_rule
 from state.redis.store import RedisStore, StoreOptions
-from tests.servers import Kind
+from tests.servers import DataServer, Kind, Options
 
 from .conftest import Asking, ServedCluster, served
 
@@ -246,6 +250,22 @@ async def test_where_replicas_can_be_asked_is_told_as_long_as_they_live(scene: S
     left_ms = await connection.run("PTTL", f"{scene.keys.prefix}at:a")
     assert isinstance(left_ms, int)
     assert 0 < left_ms <= 3000
+
+
+async def test_the_rights_of_a_gateway_are_enough_but_to_look_for_strays(tmp_path: Path) -> None:
+    user = f"tiergate on >secret {acl_rule('f')}"
+    async with (
+        DataServer(Kind.REDIS, tmp_path, Options(users=(user,))) as server,
+        connect(parse_url(server.url_as("tiergate", "secret")), ConnectOptions(timeout_s=5.0)) as connection,
+    ):
+        store = RedisStore(connection, "f", "a", StoreOptions(timeout_s=5.0))
+        epoch = (await store.add_backend("x", None)).epoch
+        await store.publish([])  # it joins
+        await Directory(connection, "f", "a", 1.0).tell("http://10.0.0.1:8080")
+        seen = await InventoryReader(connection, "f").read()
+        assert (seen.standings["x"].epoch, set(seen.live), seen.strays) == (epoch, {"a"}, None)
+        assert seen.addresses == {"a": "http://10.0.0.1:8080"}
+        await store.close()
 
 
 def test_an_empty_store_has_no_contradictions() -> None:
