@@ -379,10 +379,17 @@ async def test_a_release_that_overtakes_a_joining_is_not_undone(fleet: ServedClu
         await store.reserve(lease, [asking("x", epoch)])
     account = store._own.account(store._era, store._mirror.memberships)
     await store.release("1")
+    account_now = store._own.account
     store._own.account = lambda *_: account  # type: ignore[method-assign]  # on its way since before the release
     await store._join(store._join_number)
     assert await decodes(store) == (1, 0)
     await totals_are_sums(store)
+    # What was measured before is late: the release may be missing in it.
+    before = store.sequence_of("x")
+    store._own.account = account_now  # type: ignore[method-assign]
+    await store._join(store._join_number)
+    assert not await store.publish([Publication("x", LoadVector(2, 200, 100), before + 1)])
+    store._own.account = lambda *_: account  # type: ignore[method-assign]
     # The same account once more, later than a reservation that came after it: it is not taken.
     assert isinstance(await store.reserve("3", [asking("x", epoch)]), Granted)
     store._join_number -= 1

@@ -68,7 +68,8 @@ for _, one in ipairs(known.parts) do
   if same_home(touch(one[1]), one[1], one[2]) then
     local part = part_of(one[1])
     part[1], part[2], part[3], part[13] = one[3], one[4], one[5], one[6]
-    part[9], part[10], part[15] = one[7], one[8], one[9]
+    -- Joining is a write: what was measured before it is late.
+    part[9], part[10], part[15] = one[7] + 1, one[8], one[9]
   end
 end
 for _, one in ipairs(known.leases) do
