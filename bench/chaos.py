@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument(
         "--stop-leases", type=float, default=3.0, help="longest SIGSTOP of a gateway, in lease times"
     )
-    parser.add_argument("--rate", type=float, default=20.0, help="requests/s offered; default: %(default)s")
+    parser.add_argument("--rate", type=float, default=14.0, help="requests/s besides bursts; default: %(default)s")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave logs and journals of bad rounds there")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(1_000_000) if args.seed is None else args.seed

@@ -31,11 +31,15 @@ class Shape:
     """What is offered.
 
     Attributes:
-        rate_rps: to all gateways together.
+        rate_rps: to all gateways together, bursts not included.
+        burst: so many requests more come at one moment, every `burst_every_s`: only then do gateways decide before
+            they have heard of each other.
         vanishing: share of the clients that hang up after `patience_s`.
     """
 
-    rate_rps: float = 20.0
+    rate_rps: float = 14.0
+    burst: int = 16
+    burst_every_s: float = 2.0
     prompt_tokens: tuple[int, int] = (20, 400)
     output_tokens: tuple[int, int] = (5, 60)
     vanishing: float = 0.15
@@ -82,6 +86,8 @@ def plan_crowds(
     """Who comes when, and to which gateway: all from the seed. `gateways` are names and base URLs."""
     rng = Random(f"{seed}:load")
     arrivals = poisson(shape.rate_rps, duration_s, rng)
+    moments = poisson(1.0 / shape.burst_every_s, duration_s, rng)
+    arrivals = sorted(arrivals + [at_s for at_s in moments for _ in range(shape.burst)])
     tiers = mix.draw(rng, len(arrivals))
     groups: dict[tuple[str, bool], list[PlannedRequest]] = {}
     for index, (at_s, tier) in enumerate(zip(arrivals, tiers, strict=True)):

@@ -148,7 +148,7 @@ async def test_an_audit_names_what_was_done_behind_the_gateways_backs(tmp_path: 
 
 async def _while_requests_come_and_go(stand: Stand) -> None:
     """Short requests, some of whose clients hang up: what differs between two readings is no difference."""
-    crowds = plan_crowds(stand.urls(), MIX, Shape(rate_rps=15.0, vanishing=0.3), duration_s=5.0, seed=1)
+    crowds = plan_crowds(stand.urls(), MIX, Shape(vanishing=0.3), duration_s=5.0, seed=1)
     async with asyncio.TaskGroup() as tasks:
         offered = tasks.create_task(offer(crowds, MODEL, seed=1))
         await asyncio.sleep(1.0)
