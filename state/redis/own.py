@@ -38,6 +38,8 @@ class Own:
         self._places: dict[str, _Place] = {}
         self._asked: dict[str, int] = {}
         self._released: set[str] = set()
+        self._publishing = 0
+        self._ended_meanwhile: list[_Lease] = []
 
     def sequence(self, backend: str) -> int:
         """Of the last write the store told of."""
@@ -87,6 +89,8 @@ class Own:
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return
+        if self._publishing:
+            self._ended_meanwhile.append(lease)
         place = self._places.get(lease.backend)
         if place is not None and place.birth == lease.birth:
             sequence = place.part.sequence
@@ -99,12 +103,29 @@ class Own:
         if place is not None:
             place.part.sequence = max(place.part.sequence, sequence)
 
-    def published(self, backend: str, birth: int, own: LoadVector, sequence: int) -> None:
-        """A publication was taken."""
+    def publishing(self) -> int:
+        """A publish is under way. Returns what `published` is to be told."""
+        self._publishing += 1
+        return len(self._ended_meanwhile)
+
+    def publish_over(self) -> None:
+        """It is not under way any more, whatever came of it."""
+        self._publishing -= 1
+        if not self._publishing:
+            self._ended_meanwhile.clear()
+
+    def published(self, backend: str, birth: int, own: LoadVector, sequence: int, since: int) -> None:
+        """A publication was taken. Leases that ended while it was under way were in it, and ended after it."""
         part = self._place(backend, birth).part
         newest = max(part.sequence, sequence)
         part.publish(own, sequence)
         part.sequence = newest
+        for lease in self._ended_meanwhile[since:]:
+            if lease.backend == backend and lease.sequence <= sequence:
+                part.measured.take(lease.cost, 0)
+        if not part.leases and len(self._ended_meanwhile) > since:
+            part.publish(LoadVector(), sequence)
+            part.sequence = newest
 
     def met(self, backend: str, birth: int, sequence: int) -> None:
         """A publication was refused; the store's last write there has this sequence."""

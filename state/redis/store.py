@@ -166,25 +166,29 @@ class RedisStore:
         holding = tuple(held)
         told = (b"1", codec.dump_held(holding)) if holding != own.held else (b"", b"")
         packed = codec.pack_publications(publications)
-        for _ in range(2):
-            seen = [own.sequence(one.backend) for one in publications]
-            number = self._join_number
-            answer = items(
-                await self._run(
-                    _SCRIPTS.publish,
-                    (keys.load, self._leases_key, keys.replicas, keys.held, keys.meta),
-                    (self._name, number, keys.channel, *told, *packed),
+        since = own.publishing()
+        try:
+            for _ in range(2):
+                seen = [own.sequence(one.backend) for one in publications]
+                number = self._join_number
+                answer = items(
+                    await self._run(
+                        _SCRIPTS.publish,
+                        (keys.load, self._leases_key, keys.replicas, keys.held, keys.meta),
+                        (self._name, number, keys.channel, *told, *packed),
+                    )
                 )
-            )
-            if len(answer) == 1:
-                await self._join(number)
-                continue
-            own.held = holding
-            return self._published(publications, seen, answer)
+                if len(answer) == 1:
+                    await self._join(number)
+                    continue
+                own.held = holding
+                return self._published(publications, seen, since, answer)
+        finally:
+            own.publish_over()
         raise self._never_known()
 
     def _published(
-        self, publications: Sequence[Publication], seen: Sequence[int], answer: list[Answer]
+        self, publications: Sequence[Publication], seen: Sequence[int], since: int, answer: list[Answer]
     ) -> frozenset[str]:
         taken = set()
         for place, one in enumerate(publications):
@@ -195,7 +199,7 @@ class RedisStore:
                 self._miss_writes()
             if verdict:
                 taken.add(one.backend)
-                self._own.published(one.backend, birth, one.own, one.sequence)
+                self._own.published(one.backend, birth, one.own, one.sequence, since)
             else:
                 self._own.met(one.backend, birth, met)
         return frozenset(taken)
