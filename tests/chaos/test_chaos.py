@@ -28,5 +28,6 @@ async def test_nothing_is_left_behind(tmp_path: Path) -> None:
     # A run in which nothing went wrong, or in which the cap was never met, would prove nothing.
     harmed = {(fault.harm, fault.target.rstrip("0123456789")) for fault in report.faults}
     assert harmed == {(harm, kind) for harm in Harm for kind in ("gateway", "engine", "redis")}, told
-    assert finished(report.evidence.clients) > len(report.evidence.clients) / 2, told
+    served, sent = finished(report.evidence.clients), len(report.evidence.clients)
+    assert served > sent / 4, told
     assert max(peak.sequences for peak in report.calm_peaks.values()) == plan.size.cap, told
