@@ -182,7 +182,11 @@ class Gateway:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LINGER_S):
                         await self._server.wait_empty()
-                await self.shell.wait_empty()
+                while True:
+                    await self.shell.wait_empty()
+                    await asyncio.sleep(_CUT_S)  # a busy loop may not have read yet what clients have sent
+                    if not self.shell.tickets():
+                        break
         return len(self.shell.tickets())
 
     async def shut(self) -> None:
