@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from scheduling.load import Cost, Limits, ReserveCandidate
+from scheduling.load import Cost, Limits, LoadVector, ReserveCandidate
 from state.contract import Held, Publication, StoreUnavailable
 from state.redis.store import RedisStore, StoreOptions
 from tests.servers import DataServer, Kind, Options
@@ -58,14 +58,22 @@ async def one_client(store: RedisStore, name: str, chance: random.Random, over: 
         await until_answered(partial(store.release, lease))
 
 
+def carried(store: RedisStore) -> list[Publication]:
+    """What an engine would show: the leases that stand, by the replica's own book."""
+    publications = []
+    for backend in sorted(store._mirror.memberships):
+        costs = [lease.cost for lease in store._own._leases.values() if lease.backend == backend]
+        kv_tokens, prefill_tokens = sum(c.peak_kv_tokens for c in costs), sum(c.prefill_tokens for c in costs)
+        load = LoadVector(len(costs), kv_tokens, prefill_tokens, {"chat": len(costs)})
+        publications.append(Publication(backend, load, store.sequence_of(backend) + 1))
+    return publications
+
+
 async def publishing(store: RedisStore, chance: random.Random, over: asyncio.Event) -> None:
     """Measurements that are right, as often as the store answers."""
     while not over.is_set():
         await asyncio.sleep(0.05)
-        measured = [
-            Publication(backend, store._own.vector(backend), store.sequence_of(backend) + 1)
-            for backend in sorted(store._mirror.memberships)
-        ]
+        measured = carried(store)
         held = [Held("m", "chat", chance.random(), 1, 5)] if chance.random() < 0.5 else []
         try:
             await store.publish(measured, held)
@@ -119,6 +127,8 @@ async def _soak(fleet: ServedCluster, server: DataServer, chance: random.Random)
         over.set()
 
     async def cleaned() -> None:
+        for store in stores:  # as gateways go on measuring
+            await store.publish(carried(store))
         picture = await stores[0].picture()
         nobody = all(not stored.leases and stored.part.load.idle for stored in picture.parts)
         sums = picture.totals.values()
