@@ -7,7 +7,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 ENGINE ?= emulated
 BIN := .venv/bin
 
-.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead bench-sim bench-sim-quick bench-chaos
+.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead bench-sim bench-sim-quick bench-chaos bench-state
 
 help:
 	@echo "make demo                a mixed-tier workload on four emulated engines, compared with two baselines"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-overhead HARNESS=DIR   the gateway beside other proxies (docs/benchmarks.md)"
 	@echo "make bench-sim           rerun the published simulation results, at most 4 hours on 2 cores; resumable"
 	@echo "make bench-sim-quick     the same rows with wider intervals, about 20 minutes"
+	@echo "make bench-state         what the shared store and workers cost here: round trips, races, replicas beside one"
 	@echo "make bench-chaos         faults among gateways, engines and Redis under load, 10 minutes (CHAOS_MINUTES=N)"
 	@echo "make engine              install vLLM for CPU into .venv-vllm"
 
@@ -81,6 +82,13 @@ bench-sim: .venv/.ready
 
 bench-sim-quick: .venv/.ready
 	$(BIN)/python -m bench.sim --size quick --out $(SIM_OUT)/quick
+
+bench-state: redis
+	$(BIN)/python -m bench.store_cost
+	$(BIN)/python -m bench.policy_push
+	$(BIN)/python -m bench.replicas
+	$(BIN)/python -m bench.accept_shares
+	$(BIN)/python -m bench.workers
 
 # Gateways, engines and Redis are killed and stopped under load, for CHAOS_MINUTES; ends with 1 when anything is lost.
 CHAOS_MINUTES ?= 10
