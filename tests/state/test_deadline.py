@@ -56,3 +56,18 @@ async def test_an_answer_that_came_while_the_loop_was_busy_counts() -> None:
         await asyncio.sleep(0)
         loop.call_soon(busy)
         assert await within(0.02, passed) == 7
+
+
+async def test_a_process_that_stood_still_waits_anew() -> None:
+    """The answer comes a while after the standstill, and within the limit from then on."""
+    loop = asyncio.get_running_loop()
+
+    async def answer() -> str:
+        await asyncio.sleep(0)
+        until_s = loop.time() + 0.5
+        while loop.time() < until_s:
+            pass
+        await asyncio.sleep(0.05)
+        return "here"
+
+    assert await within(0.2, answer()) == "here"
