@@ -221,6 +221,8 @@ class _Two:
     async def shows(self, leases: int) -> bool:
         """Whether the store counts so many leases, each of one sequence, and both replicas trust it."""
         picture = await self.one.picture()
+        if "x" not in picture.totals:
+            return False  # a copy that took over may have lost all, until it is told anew
         return _count(picture) == (leases, leases) and self.one.mode is self.two.mode is Mode.SHARED
 
 
