@@ -1,8 +1,8 @@
 """Install Debian's or Ubuntu's `redis-server` for the tests, and leave no service of it running.
 
-`python deploy/redis/install.py` does nothing when `redis-server` is on the PATH already. The tests start servers of
-their own on free ports; a service that the package starts would only take port 6379 and memory, so it is stopped
-and kept from starting with the machine.
+`python deploy/redis/install.py` does nothing when `redis-server` is on the PATH already. The tests start servers
+of their own on free ports; a service that the package starts would only take port 6379 and memory, so it is
+stopped and kept from starting with the machine.
 """
 
 from __future__ import annotations
