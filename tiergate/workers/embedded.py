@@ -91,8 +91,12 @@ class EmbeddedStore:
 
     async def stop(self) -> None:
         """End it, when no worker is left."""
-        for end in (self._reading, self.lifeline):
-            os.close(end)
-        if self._watcher is not None:
+        os.close(self.lifeline)
+        if self._watcher is not None and await self._watcher.wait() != 0:
+            # A watcher that was killed leaves its server behind, and only a watcher ends a server: the next one
+            # finds nobody at the other end of the pipe.
+            with contextlib.suppress(CommandFailed):
+                await self.start()
             await self._watcher.wait()
+        os.close(self._reading)
         await asyncio.to_thread(shutil.rmtree, self._path.parent, ignore_errors=True)
