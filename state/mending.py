@@ -10,6 +10,7 @@ from scheduling.load import Limits, ReserveCandidate
 from state.book import Book, Lease
 from state.contract import BackendLoad, Denied, Held, Publication, Store, StoreUnavailable
 from state.deadline import within
+from state.outage import Shelter
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Mending:
         inner: Store,
         book: Book,
         clock: Callable[[], float],
-        deadline_s: float,
+        options: Shelter,
         answered: Callable[[], None],
     ) -> None:
         """`answered` is called after every answer, before anything is learned from it."""
@@ -37,7 +38,9 @@ class Mending:
         self._inner = inner
         self._book = book
         self._clock = clock
-        self._deadline_s = deadline_s
+        self._deadline_s = options.deadline_s
+        self._limit_s = max(options.deadline_s, options.first_s)
+        self.met = False  # whether the store has ever answered
         self.wanted: dict[str, str | None] = {}  # backends added here, and their first tier
         self.removed: dict[str, None] = {}  # backends whose removal the store was not told
         self.owed: dict[str, None] = {}  # leases, by the store's name, whose end it was not told
@@ -47,9 +50,10 @@ class Mending:
     async def ask(self, call: Awaitable[T]) -> T:
         """What the store answers; StoreUnavailable too when it takes longer than the deadline."""
         try:
-            answer = await within(self._deadline_s, call)
+            answer = await within(self._limit_s, call)
         except TimeoutError:
-            raise StoreUnavailable(f"no answer within {self._deadline_s * 1e3:.0f} ms") from None
+            raise StoreUnavailable(f"no answer within {self._limit_s * 1e3:.0f} ms") from None
+        self._limit_s, self.met = self._deadline_s, True
         self._answered()
         self.heard_s = self._clock()
         return answer

@@ -16,6 +16,8 @@ class Shelter:
 
     Attributes:
         deadline_s: the longest that any call waits for the store.
+        first_s: the same until the store has answered once, where that is more: who has never seen it knows of no
+            others, and would take all the room there is.
         probe_s: how often a silent store is asked whether it answers.
         pulse_s: an answering store that nobody has asked for so long is asked for a sign of life.
         look_over_s: how often an answering store is asked how everything stands, and whether it lost anything.
@@ -26,6 +28,7 @@ class Shelter:
     """
 
     deadline_s: float = 0.1
+    first_s: float = 2.0
     probe_s: float = 0.2
     pulse_s: float = 1.0
     look_over_s: float = 5.0
@@ -66,6 +69,12 @@ class Outage:
             self._cut_s, self._aged = heard_s, False
         self._set(Mode.ALONE, why)
         return first
+
+    def forgot(self, heard_s: float, now_s: float) -> None:
+        """A store that counted for all answers, and has lost what it knew: the others may have told it anew."""
+        self._cut_s, self._aged = heard_s, False
+        self._back_s = now_s
+        self._set(Mode.HEALING, "it has lost what it knew")
 
     def returned(self, now_s: float) -> None:
         """The store answers."""

@@ -61,7 +61,7 @@ class Sheltered:
         self._options = options = options or Shelter()
         self._book = Book(caps)
         self._outage = Outage(options, on_mode)
-        self._mending = Mending(inner, self._book, clock, options.deadline_s, self._doubt)
+        self._mending = Mending(inner, self._book, clock, options, self._doubt)
         self._looked_s = clock()  # when the store was last looked over
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
         self._lost: frozenset[str] = frozenset()  # backends where it had lost our load at the last look
@@ -72,6 +72,8 @@ class Sheltered:
 
     async def add_backend(self, backend: str, tier: str | None) -> Membership:
         """See the contract. While the store is silent, one that was never met stands at epoch 0."""
+        if not self._mending.met:
+            await self.view()  # before anything is admitted here, who else there is has to be known
         self._mending.removed.pop(backend, None)
         self._mending.wanted[backend] = tier
         if self._outage.mode is not Mode.ALONE:
@@ -397,14 +399,23 @@ class Sheltered:
             # What was just published or released may make a reading too small, but hardly two of them.
             lost, self._lost = self._lost, self._book.lost(loads, now_s - self._options.pulse_s)
             if (self._mending.wanted and not loads) or self._lost & lost:
-                self._cut("it has lost what it knew")
+                self._forgot()
         elif now_s - self._mending.heard_s >= self._options.pulse_s:
             await self._mending.sign()
 
     def _doubt(self) -> None:
         """A store that knows that it forgot does not count for all; what it says of others may be too little."""
         if self._outage.mode is Mode.SHARED and self._inner.mode is Mode.HEALING:
-            self._cut("it has lost what it knew")
+            self._forgot()
+
+    def _forgot(self) -> None:
+        """The store answers, and lost what it was told: until it is whole, the share has to allow as well."""
+        if not self._closed:
+            now_s = self._clock()
+            self._outage.count(self._inner.replicas, now_s)
+            self._outage.forgot(self._mending.heard_s, now_s)
+            self._book.cut()
+            self._mended = False
 
     def _cut(self, why: str) -> None:
         """The store is silent: go on alone."""

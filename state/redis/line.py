@@ -31,6 +31,15 @@ _ELSEWHERE = (AskError, ClusterDownError, MasterDownError, MovedError, ReadOnlyE
 """Answers after which another connection is needed: this one leads to the wrong server."""
 
 
+class _Closed(RedisConnectionError):
+    """Closed on this side: nobody is to open it again for what was under way."""
+
+
+def _broke(error: Exception) -> bool:
+    """Whether the connection is gone, and not only slow."""
+    return isinstance(error, RedisConnectionError | OSError) and not isinstance(error, _Closed | TimeoutError)
+
+
 class _Socket(Protocol):
     """What is needed of redis-py's connections, which are typed in part only."""
 
@@ -52,6 +61,10 @@ class _Turn:
         self.done = False
         self.waking: asyncio.Future[None] | None = None
         self.link: _Link | None = None
+
+    def renew(self) -> None:
+        """It is to be sent again."""
+        self.answer, self.error, self.done = None, None, False
 
     def settle(self, answer: Answer, error: Exception | None) -> None:
         self.answer, self.error, self.done = answer, error, True
@@ -121,7 +134,8 @@ class _Link:
 
 
 class Line:
-    """Opens its connection when it is first asked, and again after it broke."""
+    """Opens its connection when it is first asked, and again after it broke. A command that was under way then is
+    sent a second time, so commands must bear to be done twice."""
 
     def __init__(self, connection: Connection) -> None:
         """The connection says where to; the line has a socket of its own."""
@@ -140,28 +154,42 @@ class Line:
             await self._drop(turn.link, error)
             raise
         if turn.error is not None:
-            if isinstance(turn.error, _ELSEWHERE):
+            if isinstance(turn.error, _ELSEWHERE) or not isinstance(turn.error, ResponseError):
                 await self._drop(turn.link, turn.error)
             raise turn.error
         return turn.answer
 
     async def _take(self, turn: _Turn, key: str, packed: bytes) -> None:
-        """Send a command and wait until its turn is settled. Raises `ERRORS`."""
+        """Send a command and wait until its turn is settled. Raises `ERRORS` when no connection can be opened.
+
+        Once more on a new connection when the standing one broke: what broke it may be long over, as where this
+        process was stopped while the server restarted. The first may have been done all the same.
+        """
         link = self._link
-        if link is None:
-            link = await self._open(key)
+        if link is not None:
+            await self._exchange(link, turn, packed)
+            if turn.error is None or not _broke(turn.error):
+                return
+            await self._drop(link, turn.error)
+            turn.renew()
+        await self._exchange(await self._open(key), turn, packed)
+
+    async def _exchange(self, link: _Link, turn: _Turn, packed: bytes) -> None:
         turn.link = link
         link.turns.append(turn)
-        with closed_is_an_error():
-            await link.socket.send_packed_command((packed,), check_health=False)
-        await link.answer_to(turn)
+        try:
+            with closed_is_an_error():
+                await link.socket.send_packed_command((packed,), check_health=False)
+            await link.answer_to(turn)
+        except ERRORS as error:
+            turn.settle(None, error)
 
     async def close(self) -> None:
         """Close the connection. Idempotent; the line opens it again when it is asked."""
         opening, self._opening = self._opening, None
         if opening is not None:
             await self._connection.close_socket(opening)
-        await self._drop(self._link, RedisConnectionError("the line was closed"))
+        await self._drop(self._link, _Closed("the line was closed"))
 
     async def _open(self, key: str) -> _Link:
         """The link. It is opened once for all who wait, and goes on opening when they give up. Raises `ERRORS`."""

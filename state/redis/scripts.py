@@ -37,9 +37,11 @@ def load_script(name: str, *pieces: str) -> Script:
 class Runner:
     """Runs scripts over one line, each call within a deadline."""
 
-    def __init__(self, connection: Connection, timeout_s: float) -> None:
-        """`timeout_s` is for a whole call, the opening of the line included."""
+    def __init__(self, connection: Connection, timeout_s: float, first_s: float = 0.0) -> None:
+        """`timeout_s` is for a whole call, the opening of the line included; `first_s` for those before the first
+        answer, where that is more."""
         self.timeout_s = timeout_s
+        self._limit_s = max(timeout_s, first_s)
         self._line = Line(connection)
 
     async def run(self, script: Script, keys: tuple[str, ...], arguments: Iterable[Argument]) -> Answer:
@@ -47,11 +49,13 @@ class Runner:
         words = (len(keys), *keys, *arguments)
         try:
             try:
-                return await self._line.ask(keys[0], self.timeout_s, "EVALSHA", script.digest, *words)
+                answer = await self._line.ask(keys[0], self._limit_s, "EVALSHA", script.digest, *words)
             except NoScriptError:
-                return await self._line.ask(keys[0], self.timeout_s, "EVAL", script.source, *words)
+                answer = await self._line.ask(keys[0], self._limit_s, "EVAL", script.source, *words)
         except ERRORS as error:
             raise unavailable(script.name, error) from error
+        self._limit_s = self.timeout_s
+        return answer
 
     async def close(self) -> None:
         """Close the line. It opens again when it is used."""

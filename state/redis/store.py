@@ -53,6 +53,7 @@ class StoreOptions:
         lease_s: a replica that is silent for longer is an orphan; after twice as long its load is taken out. The
             same for all replicas of a fleet.
         timeout_s: for one call, opening a connection included.
+        first_s: for the calls before the first answer, where that is more.
         announce_s: changes by reservations and releases are told to the others together, so long after the first.
         remember_s, endings: how long, and how many, ended leases are remembered, so that a reservation that was
             delayed on its way cannot revive one.
@@ -60,6 +61,7 @@ class StoreOptions:
 
     lease_s: float = 10.0
     timeout_s: float = 0.25
+    first_s: float = 2.0
     announce_s: float = 0.02
     remember_s: float = 120.0
     endings: int = 65_536
@@ -87,7 +89,7 @@ class RedisStore:
         self._keys = Keys.of(fleet)
         self._name = replica
         self._options = options
-        self._runner = Runner(connection, options.timeout_s)
+        self._runner = Runner(connection, options.timeout_s, options.first_s)
         self._own = Own()
         self._mirror = Mirror(replica, clock)
         self._upkeep = Upkeep(self, connection, self._keys.channel, options.lease_s, options.announce_s)
@@ -225,6 +227,7 @@ class RedisStore:
 
     async def view(self) -> Mapping[str, BackendLoad]:
         picture = await self._look()
+        self._notify(self._mirror.adopt(picture))
         own: dict[str, LoadVector] = {}
         foreign: dict[str, LoadVector] = {}
         for stored in picture.parts:

@@ -145,23 +145,14 @@ def peaks(evidence: Evidence, rules: Rules) -> tuple[dict[str, Peak], dict[str, 
     calm: dict[str, Peak] = {}
     troubled: dict[str, Peak] = {}
     for engine, entries in evidence.journals.items():
-        away = [(since, until + rules.lease_s + rules.calm_s) for since, until in _without_store(evidence, rules)]
+        after_s = rules.lease_s + rules.calm_s
+        away = [(outage.from_s, outage.until_s + after_s) for outage in evidence.faults_of("redis")]
         away += [(window.from_s, window.until_s + rules.calm_s) for window in evidence.faults_of(engine)]
         for at_s, sequences in _of_clients(entries):
             kept = troubled if any(since <= at_s <= until for since, until in away) else calm
             if engine not in kept or sequences > kept[engine].sequences:
                 kept[engine] = Peak(engine, at_s, sequences)
     return calm, troubled
-
-
-def _without_store(evidence: Evidence, rules: Rules) -> Iterator[tuple[float, float]]:
-    """When the store was away for any gateway: one that was stopped or started meanwhile finds it later."""
-    for outage in evidence.faults_of("redis"):
-        until_s = outage.until_s
-        for gateway in rules.gateways:
-            during = [one for one in evidence.faults_of(gateway) if one.touches(outage.from_s, outage.until_s)]
-            until_s = max([until_s, *(one.until_s for one in during)])
-        yield outage.from_s, until_s
 
 
 def _of_clients(entries: Sequence[Entry]) -> Iterator[tuple[float, int]]:

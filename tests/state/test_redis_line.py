@@ -103,3 +103,37 @@ async def test_after_a_silence_no_answer_goes_to_another(tmp_path: Path) -> None
                     await asyncio.sleep(0.02)
         await line.close()
         await connection.close()
+
+
+async def test_after_a_restart_nobody_notices(tmp_path: Path) -> None:
+    """The connection broke while nobody asked, or while many did."""
+    async with DataServer(Kind.REDIS, tmp_path / "server") as server:
+        connection = connect(parse_url(server.url), ConnectOptions(timeout_s=5.0))
+        line = Line(connection)
+        await echo(line, -1)
+        for _ in range(3):
+            server.kill()
+            await server.start()
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(50):
+                    tasks.create_task(echo(line, number))
+        server.kill()
+        with pytest.raises(ERRORS):
+            await echo(line, 1)
+        await line.close()
+        await connection.close()
+
+
+async def test_closing_ends_what_is_under_way(tmp_path: Path) -> None:
+    async with DataServer(Kind.REDIS, tmp_path / "server") as server:
+        connection = connect(parse_url(server.url), ConnectOptions(timeout_s=5.0))
+        line = Line(connection)
+        await echo(line, -1)
+        server.pause()
+        asked = [asyncio.get_running_loop().create_task(echo(line, number)) for number in range(3)]
+        await asyncio.sleep(0.05)
+        await line.close()
+        for outcome in await asyncio.gather(*asked, return_exceptions=True):
+            assert isinstance(outcome, ERRORS)
+        server.resume()
+        await connection.close()

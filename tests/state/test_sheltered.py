@@ -459,7 +459,7 @@ async def test_what_a_store_grants_after_it_forgot_is_held_to_the_share(fleet: F
     fleet.inner[0].shown_mode = Mode.HEALING
     # of 12, the other has 3 that the store has forgotten: 9 are free, 3 of them for this one
     assert await fleet.fill(0, "n") == 3
-    assert fleet.mode(0) is Mode.ALONE
+    assert fleet.mode(0) is Mode.HEALING
 
 
 async def test_a_refused_grant_of_a_store_that_forgot_is_ended_there(fleet: Fleet) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -295,6 +295,38 @@ async def test_a_server_that_forgets_the_scripts_is_no_outage(tmp_path: Path) ->
         await made.whole()
 
 
+async def test_a_restart_that_nobody_saw_is_no_outage_for_who_looks_again(tmp_path: Path) -> None:
+    """As for a gateway that was stopped meanwhile: its connections are dead, and the server has all it had."""
+    async with stand(Kind.REDIS, tmp_path, Options(appendonly=True)) as made:
+        await made.traffic(6)
+        await made.calm()
+        for replica in made.replicas:
+            replica.line.cut()
+        for index, replica in enumerate(made.replicas):
+            granted = replica.granted
+            await made.release(index)
+            assert await made.reserve(index)
+            assert replica.granted == granted + 1
+        assert made.worst <= MOST
+        assert all(replica.modes == [] for replica in made.replicas)
+        await made.whole()
+
+
+async def test_who_starts_while_the_store_is_slow_waits_to_learn_of_the_others(tmp_path: Path) -> None:
+    async with stand(Kind.REDIS, tmp_path) as made, Line(made.server.port) as line:
+        line.delay(0.75 * TIMEOUT_S)
+        url = made.server.url.replace(f":{made.server.port}", f":{line.port}")
+        connection = connect(parse_url(url))
+        inner = RedisStore(connection, "outage", "late", StoreOptions(lease_s=LONG, timeout_s=TIMEOUT_S))
+        late = Sheltered(inner, time.monotonic, replace(QUICK, first_s=PATIENCE_S))
+        await late.add_backend("x", "chat")
+        assert late.mode is Mode.ALONE  # all else than the first look takes too long
+        assert late.replicas >= REPLICAS
+        line.flow()
+        await late.close()
+        await connection.close()
+
+
 @KINDS
 async def test_a_server_that_is_emptied_while_it_runs(
     kind: Kind, tmp_path: Path, record_property: Callable[[str, object], None]
@@ -305,7 +337,7 @@ async def test_a_server_that_is_emptied_while_it_runs(
         made.server.ask("FLUSHALL")
         await made.traffic(12)
         assert made.worst <= MOST
-        await until(lambda: all(Mode.ALONE in replica.modes for replica in made.replicas))
+        await until(lambda: all(Mode.HEALING in replica.modes for replica in made.replicas))
         record_property("healed_s", await made.healed())
         await made.traffic(12)
         assert made.worst <= MOST
