@@ -25,9 +25,9 @@ from adapters.contract import (
     UpstreamError,
 )
 from adapters.errors import error_in_event
-from adapters.exchange import NO_ANSWER, Answer
-from adapters.exposition import Sample, Scanner, total
-from adapters.openai import OpenAIAdapter
+from adapters.exchange import Answer
+from adapters.exposition import Scanner, total
+from adapters.monitored import MonitoredAdapter, positive_int
 
 _RUNNING = "tgi_batch_current_size"
 _WAITING = "tgi_queue_size"
@@ -80,14 +80,15 @@ _BY_WORDS = (
 )
 
 
-class TgiAdapter(OpenAIAdapter):
+class TgiAdapter(MonitoredAdapter):
     """One TGI server.
 
     Its budgets are static: the most tokens of a step (``--max-batch-prefill-tokens``) and the KV capacity are told
     by no route of version 3, so they belong into the backend's configured limits. An older server that tells them
     in /info is believed.
 
-    A stream always begins with 200; an overload is its first event. An answer's `id` is empty.
+    A stream always begins with 200; an overload is its first event. An answer's `id` is empty. After a failed
+    generation its /health tries one token of its own.
     """
 
     def __init__(self, upstream: Upstream, *, api_key: str | None = None, probe_timeout_s: float = 10.0) -> None:
@@ -107,20 +108,20 @@ class TgiAdapter(OpenAIAdapter):
         if not is_tgi(info):
             raise UpstreamError(Failure.BROKEN, "the server's /info is not that of TGI", answer.status)
         models = await self._ask_models()
-        samples = await self._static_samples()
-        self._kv_tokens = _positive_int(info.get("max_batch_total_tokens")) or total(samples, _KV_CAPACITY)
-        self._tokenize = await self._has_tokenizer()
+        samples = await self._try_samples(_STATIC)
+        self._kv_tokens = positive_int(info.get("max_batch_total_tokens")) or total(samples, _KV_CAPACITY)
+        self._tokenize = await self._has_post_route("/tokenize")
         version = info.get("version")
         return Capabilities(
             engine="tgi",
             version=version if isinstance(version, str) else None,
             emulated=models.emulated,
             models=models.names or (str(info["model_id"]),),
-            max_model_tokens=_positive_int(info.get("max_total_tokens")),
+            max_model_tokens=positive_int(info.get("max_total_tokens")),
             kv_tokens=self._kv_tokens,
             # Beyond this many at once, waiting ones included, it refuses; it has no other cap on sequences.
-            max_running_seqs=_positive_int(info.get("max_concurrent_requests")),
-            max_batched_tokens=_positive_int(info.get("max_batch_prefill_tokens")),
+            max_running_seqs=positive_int(info.get("max_concurrent_requests")),
+            max_batched_tokens=positive_int(info.get("max_batch_prefill_tokens")),
             priority=Support.NO,
             tokenize=self._tokenize,
             continuous_usage=Support.NO,
@@ -130,24 +131,13 @@ class TgiAdapter(OpenAIAdapter):
             tokens_per_event=1,
         )
 
-    async def healthy(self) -> bool:
-        """Whether /health says so. After a failed generation the server tries one token of its own there."""
-        try:
-            answer = await self._ask("GET", "/health")
-        except UpstreamError:
-            return False
-        return answer.status == 200
-
     async def read_load(self) -> EngineLoad:
         """From /metrics; a gauge is unknown until the server first set it. Raises UpstreamError.
 
         What of the KV cache is used is what running requests have reserved. Shared prefixes count once for each,
         so the fraction is cut at 1.
         """
-        answer = await self._ask("GET", "/metrics")
-        if answer.status != 200:
-            raise self.response_failure(answer.status, answer.body)
-        samples = tuple(_LOAD.samples(answer.body.decode("utf-8", "replace")))
+        samples = await self._samples(_LOAD)
         reserved = total(samples, _KV_RESERVED)
         return EngineLoad(
             running=total(samples, _RUNNING),
@@ -201,15 +191,7 @@ class TgiAdapter(OpenAIAdapter):
         or a server without a tokenizer; UpstreamError when the engine refuses the prompt.
         """
         path, question = _tokenize_question(body)
-        if self._tokenize is Support.NO:
-            raise Unsupported("count tokens: the server has no /tokenize")
-        try:
-            asked = orjson.dumps(question)
-        except orjson.JSONEncodeError as error:  # orjson reads deeper nesting than it writes
-            raise Unsupported("count tokens: the body is nested too deeply") from error
-        answer = await self._ask("POST", path, asked)
-        if answer.status != 200:
-            raise self.response_failure(answer.status, answer.body)
+        answer = await self._ask_tokenizer(path, question, self._tokenize)
         try:
             tokens = orjson.loads(answer.body)
         except orjson.JSONDecodeError:
@@ -220,27 +202,11 @@ class TgiAdapter(OpenAIAdapter):
             raise Unsupported(f"count tokens: {path} answered without a list of tokens")
         return len(tokens)
 
-    async def _static_samples(self) -> tuple[Sample, ...]:
-        answer = await self._try_get("/metrics")
-        return tuple(_STATIC.samples(answer.body.decode("utf-8", "replace"))) if answer.status == 200 else ()
-
-    async def _has_tokenizer(self) -> Support:
-        """A GET on a route that only takes POST is answered 405; so nothing is done by asking."""
-        status = (await self._try_get("/tokenize")).status
-        return Support.YES if status == 405 else Support.NO if status == 404 else Support.UNKNOWN
-
-    async def _try_get(self, path: str) -> Answer:
-        """One route's silence must not fail the whole probe."""
-        try:
-            return await self._ask("GET", path)
-        except UpstreamError:
-            return NO_ANSWER
-
 
 def is_tgi(info: Mapping[str, object]) -> bool:
     """Whether an answer of /info is TGI's. Its sister for embeddings has the route too, but no such limits."""
     limits = ("max_total_tokens", "max_concurrent_requests", "max_best_of")
-    return isinstance(info.get("model_id"), str) and all(_positive_int(info.get(name)) for name in limits)
+    return isinstance(info.get("model_id"), str) and all(positive_int(info.get(name)) for name in limits)
 
 
 def _readable(body: bytes) -> bytes:
@@ -275,7 +241,3 @@ def _tokenize_question(body: Mapping[str, object]) -> tuple[str, dict[str, objec
     if isinstance(prompt, str):
         return "/tokenize", {"inputs": prompt}
     raise Unsupported("count tokens: the body has neither messages nor one text")
-
-
-def _positive_int(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

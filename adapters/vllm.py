@@ -17,9 +17,8 @@ from adapters.contract import (
     UpstreamError,
 )
 from adapters.errors import message_of
-from adapters.exchange import NO_ANSWER, Answer
 from adapters.exposition import Sample, Scanner, mean, total
-from adapters.openai import OpenAIAdapter
+from adapters.monitored import MonitoredAdapter, positive_int
 
 _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
@@ -48,7 +47,7 @@ _CHAT_TOKENIZE_FIELDS = (
 )
 
 
-class VllmAdapter(OpenAIAdapter):
+class VllmAdapter(MonitoredAdapter):
     """One vLLM server.
 
     Priority is sent as a header, so a request's body stays as it came. Whether the engine *schedules* by it
@@ -78,7 +77,7 @@ class VllmAdapter(OpenAIAdapter):
         Raises UpstreamError when the server does not answer, or wants another API key.
         """
         models = await self._ask_models()
-        samples = await self._static_samples()
+        samples = await self._try_samples(_STATIC)
         scheduler = await self._scheduler_config()
         block_tokens, kv_tokens = _kv_capacity(samples)
         self._tokenize = await self._has_post_route("/tokenize")
@@ -89,7 +88,7 @@ class VllmAdapter(OpenAIAdapter):
                 break
         priority = await self._probe_priority(models.names, scheduler)
         speculates = any(sample.name == _SPECULATION for sample in samples)
-        interval = _positive_int(scheduler.get("stream_interval")) or 1
+        interval = positive_int(scheduler.get("stream_interval")) or 1
         return Capabilities(
             engine="vllm",
             version=await self._version(),
@@ -98,8 +97,8 @@ class VllmAdapter(OpenAIAdapter):
             max_model_tokens=models.max_model_tokens,
             kv_tokens=kv_tokens,
             block_tokens=block_tokens,
-            max_running_seqs=_positive_int(scheduler.get("max_num_seqs")),
-            max_batched_tokens=_positive_int(scheduler.get("max_num_batched_tokens")),
+            max_running_seqs=positive_int(scheduler.get("max_num_seqs")),
+            max_batched_tokens=positive_int(scheduler.get("max_num_batched_tokens")),
             priority=priority,
             tokenize=self._tokenize,
             abort_by_id=Support.NO if self._abort_path is None else Support.YES,
@@ -108,20 +107,9 @@ class VllmAdapter(OpenAIAdapter):
             tokens_per_event=None if speculates or interval > 1 else 1,
         )
 
-    async def healthy(self) -> bool:
-        """Whether /health says so: it fails when the engine process behind the server is dead."""
-        try:
-            answer = await self._ask("GET", "/health")
-        except UpstreamError:
-            return False
-        return answer.status == 200
-
     async def read_load(self) -> EngineLoad:
         """From /metrics, summed over data-parallel engines. Raises UpstreamError."""
-        answer = await self._ask("GET", "/metrics")
-        if answer.status != 200:
-            raise self.response_failure(answer.status, answer.body)
-        samples = tuple(_LOAD.samples(answer.body.decode("utf-8", "replace")))
+        samples = await self._samples(_LOAD)
         return EngineLoad(
             running=total(samples, _RUNNING),
             waiting=total(samples, _WAITING),
@@ -135,7 +123,7 @@ class VllmAdapter(OpenAIAdapter):
         A server that does not track them answers 0 always, so only a positive number says something.
         """
         answer = await self._ask("GET", "/load")
-        return _positive_int(answer.json_object().get("server_load")) if answer.status == 200 else None
+        return positive_int(answer.json_object().get("server_load")) if answer.status == 200 else None
 
     def prepare(self, request: OutgoingRequest) -> UpstreamCall:
         """As OpenAI, and the priority in a header (a client's own one is dropped)."""
@@ -170,15 +158,7 @@ class VllmAdapter(OpenAIAdapter):
         question = _tokenize_question(body)
         if isinstance(question, int):
             return question
-        if self._tokenize is Support.NO:
-            raise Unsupported("count tokens: the server has no /tokenize")
-        try:
-            asked = orjson.dumps(question)
-        except orjson.JSONEncodeError as error:  # orjson reads deeper nesting than it writes
-            raise Unsupported("count tokens: the body is nested too deeply") from error
-        answer = await self._ask("POST", "/tokenize", asked)
-        if answer.status != 200:
-            raise self.response_failure(answer.status, answer.body)
+        answer = await self._ask_tokenizer("/tokenize", question, self._tokenize)
         count = answer.json_object().get("count")
         if not isinstance(count, int):
             raise Unsupported("count tokens: /tokenize answered without a count")
@@ -189,21 +169,12 @@ class VllmAdapter(OpenAIAdapter):
         version = answer.json_object().get("version") if answer.status == 200 else None
         return version if isinstance(version, str) else None
 
-    async def _static_samples(self) -> tuple[Sample, ...]:
-        answer = await self._try_get("/metrics")
-        return tuple(_STATIC.samples(answer.body.decode("utf-8", "replace"))) if answer.status == 200 else ()
-
     async def _scheduler_config(self) -> Mapping[str, object]:
         """Development mode's word on the scheduler; empty without it."""
         answer = await self._try_get("/server_info?config_format=json")
         config = answer.json_object().get("vllm_config") if answer.status == 200 else None
         scheduler = config.get("scheduler_config") if isinstance(config, dict) else None
         return scheduler if isinstance(scheduler, dict) else {}
-
-    async def _has_post_route(self, path: str) -> Support:
-        """A GET on a route that only takes POST is answered 405; so nothing is done by asking."""
-        status = (await self._try_get(path)).status
-        return Support.YES if status == 405 else Support.NO if status == 404 else Support.UNKNOWN
 
     async def _aborts_at(self, path: str) -> bool:
         """Whether an abort route works. vLLM has one that is there and refuses everything, so it is tried out."""
@@ -231,20 +202,13 @@ class VllmAdapter(OpenAIAdapter):
         refused = answer.status == 400 and "priority" in (message_of(answer.body) or "").lower()
         return Support.NO if refused else Support.UNKNOWN
 
-    async def _try_get(self, path: str) -> Answer:
-        """One route's silence must not fail the whole probe."""
-        try:
-            return await self._ask("GET", path)
-        except UpstreamError:
-            return NO_ANSWER
-
 
 def _kv_capacity(samples: tuple[Sample, ...]) -> tuple[int | None, int | None]:
     """Block size and KV capacity in tokens. Each engine's line carries the number of blocks of all of them."""
     for sample in samples:
         if sample.name == _CACHE_CONFIG:
-            block_tokens = _positive_int(sample.labels.get("block_size"))
-            blocks = _positive_int(sample.labels.get("num_gpu_blocks"))
+            block_tokens = positive_int(sample.labels.get("block_size"))
+            blocks = positive_int(sample.labels.get("num_gpu_blocks"))
             return block_tokens, block_tokens * blocks if block_tokens and blocks else None
     return None, None
 
@@ -265,9 +229,3 @@ def _tokenize_question(body: Mapping[str, object]) -> dict[str, object] | int:
         if all(isinstance(part, list) for part in prompt):
             return sum(len(part) for part in prompt)
     raise Unsupported("count tokens: the body has neither messages nor one prompt")
-
-
-def _positive_int(value: object) -> int | None:
-    if isinstance(value, str) and value.isdigit():
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
