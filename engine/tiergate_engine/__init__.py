@@ -5,6 +5,8 @@
 * ``fill``: who gets how many tokens in the next step.
 * ``model``: one engine, pure: submit, abort, next_step, finish_step. Everything that emulates wraps this.
 * ``contract``, ``kv``, ``lockstep``: the model's values, its KV blocks, its decodes.
+* ``drive``: the step of an engine that keeps promises: time from slack, prompts by deadline.
+* ``control``, ``wire``: what an engine is told over HTTP, and what it tells back.
 
 Standard library only; no clock, no chance, no I/O. Tenants, tiers and fleets live elsewhere.
 """
