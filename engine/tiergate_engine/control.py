@@ -2,8 +2,8 @@
 
 ``PUT /v1/tiergate/orders`` with `Orders` answers `EngineState`, and so does ``GET /v1/tiergate/state``;
 ``GET /v1/tiergate/steps?since=N`` answers `StepFacts` from step N on. All of it JSON. A document carries the
-version of the contract; a version that is not known is refused, a field that is not known is ignored. Only ages and
-remaining times travel, never a clock's time.
+version of the contract; a version that is not known is refused, a field that is not known is ignored. Only ages
+and remaining times travel, never a clock's time.
 
 What a request brings stands in `Promise`, in vLLM's ``vllm_xargs``.
 """
@@ -118,10 +118,10 @@ class Orders:
                 "version": VERSION,
                 "mode": self.mode.value,
                 "profile": None if self.profile is None else step_time_to_json(self.profile),
-                "rules": {one.name: getattr(self.rules, one.name) for one in fields(Rules)},
+                "rules": {one.name: _plain(getattr(self.rules, one.name)) for one in fields(Rules)},
                 "chunk_tokens": self.chunk_tokens,
                 "running_cap": self.running_cap,
-                "lapse_s": self.lapse_s,
+                "lapse_s": None if self.lapse_s is None else float(self.lapse_s),
             }
         )
 
@@ -351,14 +351,19 @@ class Promise:
         tpot_s = None if tpot_ms is None else as_number(tpot_ms, TPOT_XARG, 0.0) / 1e3
         if tpot_s == 0.0:
             raise ControlError(f"{TPOT_XARG} must be more than 0 milliseconds")
-        relegated = xargs.get(RELEGATED_XARG, 0)
-        if relegated not in {0, 1}:
-            raise ControlError(f"{RELEGATED_XARG} must be 0 or 1, not {relegated!r:.80}")
-        return cls(None if ttft_ms is None else as_number(ttft_ms, TTFT_XARG) / 1e3, tpot_s, bool(relegated))
+        relegated = as_count(xargs.get(RELEGATED_XARG, 0), RELEGATED_XARG)
+        if relegated > 1:
+            raise ControlError(f"{RELEGATED_XARG} must be 0 or 1, not {relegated}")
+        return cls(None if ttft_ms is None else as_number(ttft_ms, TTFT_XARG) / 1e3, tpot_s, relegated == 1)
 
 
 def _dump(given: Mapping[str, object]) -> str:
     return json.dumps(given, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: bool | int | float) -> bool | float:
+    """Whole numbers as 1.0, so that equal values give equal text."""
+    return value if isinstance(value, bool) else float(value)
 
 
 def _check_version(given: Mapping[str, object]) -> None:
@@ -372,9 +377,10 @@ def _check_version(given: Mapping[str, object]) -> None:
 
 
 def _mode(value: object, where: str) -> Mode:
-    if value not in {mode.value for mode in Mode}:
-        raise ControlError(f"{where} is {value!r:.80}: it must be stock or driven")
-    return Mode(value)
+    text = as_text(value, where)
+    if text not in {mode.value for mode in Mode}:
+        raise ControlError(f"{where} is {text!r:.80}: it must be stock or driven")
+    return Mode(text)
 
 
 def _rules(value: object, where: str) -> Rules:

@@ -103,16 +103,16 @@ _COEFFICIENTS = (
 def step_time_to_json(step_time: StepTime) -> dict[str, object]:
     """A step time as a JSON object. Raises ControlError for a kind that has no JSON form."""
     if isinstance(step_time, RooflineStepTime):
-        return {"kind": "roofline", **{name: getattr(step_time, name) for name in _COEFFICIENTS}}
+        return {"kind": "roofline", **{name: float(getattr(step_time, name)) for name in _COEFFICIENTS}}
     if isinstance(step_time, TableStepTime):
         attention = step_time.attention
         return {
             "kind": "table",
             "tokens": _curve_to_json(step_time.tokens),
             "decode": {
-                "seqs": list(step_time.decode.row_axis),
-                "kv_tokens": list(step_time.decode.column_axis),
-                "seconds": [list(row) for row in step_time.decode.rows_s],
+                "seqs": _floats(step_time.decode.row_axis),
+                "kv_tokens": _floats(step_time.decode.column_axis),
+                "seconds": [_floats(row) for row in step_time.decode.rows_s],
             },
             "attention": None if attention is None else _curve_to_json(attention),
             "beyond": step_time_to_json(step_time.beyond),
@@ -121,11 +121,11 @@ def step_time_to_json(step_time: StepTime) -> dict[str, object]:
         return {
             "kind": "scaled",
             "base": step_time_to_json(step_time.base),
-            "decode_factor": step_time.decode_factor,
-            "mixed_factor": step_time.mixed_factor,
+            "decode_factor": float(step_time.decode_factor),
+            "mixed_factor": float(step_time.mixed_factor),
         }
     if isinstance(step_time, ShiftedStepTime):
-        return {"kind": "shifted", "base": step_time_to_json(step_time.base), "extra_s": step_time.extra_s}
+        return {"kind": "shifted", "base": step_time_to_json(step_time.base), "extra_s": float(step_time.extra_s)}
     raise ControlError(f"a {type(step_time).__name__} has no JSON form")
 
 
@@ -186,7 +186,11 @@ def _table(fields: Mapping[str, object], where: str) -> TableStepTime:
 
 
 def _curve_to_json(curve: Curve) -> dict[str, object]:
-    return {"axis": list(curve.axis), "seconds": list(curve.values_s)}
+    return {"axis": _floats(curve.axis), "seconds": _floats(curve.values_s)}
+
+
+def _floats(values: tuple[float, ...]) -> list[float]:
+    return list(map(float, values))  # equal step times give equal text
 
 
 def _curve(value: object, where: str) -> Curve:
