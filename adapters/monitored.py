@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import orjson
 
@@ -69,6 +69,29 @@ def positive_int(value: object) -> int | None:
     if isinstance(value, str) and value.isascii() and value.isdecimal():
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def tokenize_question(body: Mapping[str, object], chat_fields: Sequence[str]) -> dict[str, object] | int:
+    """What to ask vLLM's or SGLang's /tokenize of a request's body; a prompt of token ids is counted at once.
+
+    `chat_fields`: the fields that decide how many tokens a chat prompt has, and are known to the route. Raises
+    Unsupported for a list of several texts.
+    """
+    if "messages" in body:
+        return {name: body[name] for name in chat_fields if body.get(name) is not None}
+    prompt = body.get("prompt", body.get("input"))
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        question: dict[str, object] = {"prompt": prompt}
+        question |= {name: body[name] for name in ("model", "add_special_tokens") if body.get(name) is not None}
+        return question
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(token, int) for token in prompt):
+            return len(prompt)
+        if all(isinstance(part, list) for part in prompt):
+            return sum(len(part) for part in prompt)
+    raise Unsupported("count tokens: the body has neither messages nor one prompt")
 
 
 def _scanned(scanner: Scanner, answer: Answer) -> tuple[Sample, ...]:

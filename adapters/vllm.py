@@ -18,7 +18,7 @@ from adapters.contract import (
 )
 from adapters.errors import message_of
 from adapters.exposition import Sample, Scanner, mean, total
-from adapters.monitored import MonitoredAdapter, positive_int
+from adapters.monitored import MonitoredAdapter, positive_int, tokenize_question
 
 _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
@@ -155,7 +155,7 @@ class VllmAdapter(MonitoredAdapter):
         Raises Unsupported for a list of several texts, for too deep nesting, or a server without the route;
         UpstreamError when the engine refuses the prompt.
         """
-        question = _tokenize_question(body)
+        question = tokenize_question(body, _CHAT_TOKENIZE_FIELDS)
         if isinstance(question, int):
             return question
         answer = await self._ask_tokenizer("/tokenize", question, self._tokenize)
@@ -211,21 +211,3 @@ def _kv_capacity(samples: tuple[Sample, ...]) -> tuple[int | None, int | None]:
             blocks = positive_int(sample.labels.get("num_gpu_blocks"))
             return block_tokens, block_tokens * blocks if block_tokens and blocks else None
     return None, None
-
-
-def _tokenize_question(body: Mapping[str, object]) -> dict[str, object] | int:
-    if "messages" in body:
-        return {name: body[name] for name in _CHAT_TOKENIZE_FIELDS if body.get(name) is not None}
-    prompt = body.get("prompt", body.get("input"))
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        question: dict[str, object] = {"prompt": prompt}
-        question |= {name: body[name] for name in ("model", "add_special_tokens") if body.get(name) is not None}
-        return question
-    if isinstance(prompt, list) and prompt:
-        if all(isinstance(token, int) for token in prompt):
-            return len(prompt)
-        if all(isinstance(part, list) for part in prompt):
-            return sum(len(part) for part in prompt)
-    raise Unsupported("count tokens: the body has neither messages nor one prompt")
