@@ -361,7 +361,7 @@ def _dump(given: Mapping[str, object]) -> str:
     return json.dumps(given, separators=(",", ":"), allow_nan=False)
 
 
-def _plain(value: bool | int | float) -> bool | float:
+def _plain(value: bool | float) -> bool | float:
     """Whole numbers as 1.0, so that equal values give equal text."""
     return value if isinstance(value, bool) else float(value)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
-from tiergate_engine.fill import Order, Prefill, StepLimits, fill
+from tiergate_engine.fill import Order, Prefill, StepLimits, fill, ranked
 from tiergate_engine.step import Step, StepTime
 
 
@@ -87,6 +88,38 @@ class StepPlan(NamedTuple):
     tokens: int
 
 
+class Room(NamedTuple):
+    """What the decodes leave to the prompts.
+
+    Attributes:
+        within_s: how long the step may take; infinite when nobody on board has a promise.
+        skipped: indices of the decodes that are left out, in no order.
+        served: the decodes that are not.
+    """
+
+    within_s: float
+    skipped: tuple[int, ...]
+    served: Step
+
+
+class Demand(NamedTuple):
+    """What prompts ask of a step.
+
+    Attributes:
+        rate: prompt tokens a second that make all of them on time (demand bound of earliest deadline first: the
+            most that are due by any deadline, over the time until then). Infinite when one is late.
+        tokens: of those that have a deadline and of those in front of them.
+        context_tokens: in KV already of the first.
+        seqs, kv_tokens: how many may become decodes at the end of the step, and their contexts.
+    """
+
+    rate: float
+    tokens: int
+    context_tokens: int
+    seqs: int
+    kv_tokens: int
+
+
 def plan_step(
     decodes: Sequence[Decode],
     prefills: Sequence[Prefill],
@@ -96,34 +129,217 @@ def plan_step(
 ) -> StepPlan:
     """Plan the next step. `limits` are the engine's own; a `within_s` in them holds beside the slack's.
 
-    The step may last until the first token on board is due (`chunk_from_slack`), a decode that would be late even
-    without any chunk binding it with its pace only. Decodes may be left out as long as they are still on time in
-    the step behind this one. Chunks are what `fill` gives within that time.
+    1. The step may last until the first decode's token is due (`chunk_from_slack`). A decode that would be late
+       even in a step without chunks binds it with its pace only.
+    2. When the step of all decodes is longer than the slack of one that a shorter step would serve in time, or
+       when it leaves too little to the prompts to make them on time, decodes are left out, the loosest first: only
+       as many as are needed, only if it helps, and only such as are still on time in the step behind this one.
+    3. Prompts share what is left as `fill` has it, by deadline. One that would be late even if all that is left of
+       it went into this step comes last (QoServe's eager relegation, ASPLOS 2026).
     """
-    base = Step.decode(len(decodes), sum(one.kv_tokens for one in decodes))
-    decode_s = _seconds(base, rules, step_time)
-    within_s = limits.within_s if limits.within_s is not None else math.inf
-    for one in decodes:
-        bound = one.slack_s if rules.chunk_from_slack and one.slack_s >= decode_s else one.pace_s
-        within_s = min(within_s, bound)
+    base = Step.decode(len(decodes), sum([one.kv_tokens for one in decodes]))
+    asks, ranks = served_order(prefills, base, limits.tokens, rules, step_time)
+    room = room_for(decodes, base, demand_of(asks, ranks, limits.tokens), limits, rules, step_time)
+    queue = [asks[index] for index in ranks]
+    shares = fill(room.served, queue, inner_limits(limits, room, rules), step_time=step_time)
+    if not room.served.tokens and not any(shares):
+        # Nobody decodes and not even one token keeps the time: without a step the engine would never go on.
+        shares = fill(room.served, queue, replace(limits, tokens=rules.floor_tokens, within_s=None))
+    chunks = [0] * len(asks)
+    for index, chunk in zip(ranks, shares, strict=True):
+        chunks[index] = chunk
+    return StepPlan(room.within_s, room.skipped, tuple(ranks), chunks, room.served.decode_seqs + sum(chunks))
+
+
+def served_order(
+    prefills: Sequence[Prefill], base: Step, tokens: int, rules: Rules, step_time: StepTime
+) -> tuple[Sequence[Prefill], Sequence[int]]:
+    """The prompts with those relegated that are late anyway (`is_late`), and the order in which they are served.
+
+    Only as many are looked at as can get any of the step's `tokens`.
+    """
     order = Order.DEADLINE if rules.deadline_order else Order.GIVEN
-    inner_s = (within_s - _host_seconds(base.decode_seqs + 1, rules)) / rules.margin
-    inner = StepLimits(
-        limits.tokens,
-        limits.new_seqs,
-        limits.free_blocks,
-        limits.block_tokens,
-        limits.whole_prompt,
-        None if within_s == math.inf else inner_s,
+    ranks = ranked(prefills, order)
+    if not rules.relegate:
+        return prefills, ranks
+    late: list[int] = []
+    wanted = tokens - base.decode_seqs
+    for index in ranks:
+        one = prefills[index]
+        if wanted <= 0 or one.relegated:
+            break
+        if one.remaining_s < math.inf and is_late(one, base, rules, step_time):
+            late.append(index)
+        else:
+            wanted -= one.tokens
+    if not late:
+        return prefills, ranks
+    asks = list(prefills)
+    for index in late:
+        asks[index] = asks[index]._replace(relegated=True)
+    return asks, ranked(asks, order)
+
+
+def is_late(prefill: Prefill, base: Step, rules: Rules, step_time: StepTime) -> bool:
+    """Whether its first token would be late even if all that is left of it went into the next step."""
+    if prefill.remaining_s <= 0.0:
+        return True
+    whole = base + Step.chunk(prefill.tokens, prefill.context_tokens)
+    return seconds(whole, rules, step_time) > prefill.remaining_s
+
+
+def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], tokens: int) -> Demand:
+    """What prompts ask of the next step, in the order in which they are served, as far as `tokens` go."""
+    rate, ahead, context, urgent = 0.0, 0, 0, 0
+    seqs = kv_tokens = 0
+    for index in ranks:
+        if ahead >= tokens:
+            break
+        one = asks[index]
+        if not ahead:
+            context = one.context_tokens
+        ahead += one.tokens
+        seqs += 1
+        kv_tokens += one.context_tokens + one.tokens
+        if one.remaining_s < math.inf and not one.relegated:
+            urgent = ahead
+            rate = max(rate, ahead / one.remaining_s if one.remaining_s > 0.0 else math.inf)
+    return Demand(rate, urgent, context, seqs, kv_tokens)
+
+
+def room_for(
+    decodes: Sequence[Decode], base: Step, demand: Demand, limits: StepLimits, rules: Rules, step_time: StepTime
+) -> Room:
+    """How long the next step may take, and who is left out of it. `base` is the step of all decodes."""
+    most_s = math.inf if limits.within_s is None else limits.within_s
+    if not decodes:
+        return Room(most_s, (), base)
+    decode_s = seconds(base, rules, step_time)
+    kv_tokens, slacks_s, paces_s = zip(*decodes, strict=True)
+    within_s = min(most_s, _within_s(slacks_s, paces_s, decode_s, rules))
+    if not rules.skip:
+        return Room(within_s, (), base)
+    behind_s = seconds(step_behind(base, demand), rules, step_time)
+    tight_s = (
+        None if min(slacks_s) >= decode_s else least_within(slacks_s, least_step_s(rules, step_time), decode_s)
     )
-    chunks = fill(base, prefills, inner, order, step_time)
-    ranked = tuple(range(len(prefills)))
-    return StepPlan(within_s, (), ranked, chunks, base.decode_seqs + sum(chunks))
+    if tight_s is not None:
+        skipped = _left_out(kv_tokens, slacks_s, base, (tight_s, behind_s), Step(), rules, step_time)
+        if skipped:
+            served = _without(base, skipped, kv_tokens)
+            out = set(skipped)
+            rest = [index for index in range(len(decodes)) if index not in out]
+            bound_s = _within_s(
+                [slacks_s[index] for index in rest],
+                [paces_s[index] for index in rest],
+                seconds(served, rules, step_time),
+                rules,
+            )
+            return Room(min(most_s, bound_s), skipped, served)
+    chunk = needed_chunk(demand, within_s, limits.tokens - base.decode_seqs)
+    if chunk is not None and seconds(base + chunk, rules, step_time) > within_s:
+        skipped = _left_out(kv_tokens, slacks_s, base, (within_s, behind_s), chunk, rules, step_time)
+        return Room(within_s, skipped, _without(base, skipped, kv_tokens))
+    return Room(within_s, (), base)
 
 
-def _host_seconds(seqs: int, rules: Rules) -> float:
-    return rules.host_step_s + rules.host_seq_s * seqs
+def _without(base: Step, skipped: Sequence[int], kv_tokens: Sequence[int]) -> Step:
+    gone = sum([kv_tokens[index] for index in skipped])
+    return Step.decode(base.decode_seqs - len(skipped), base.decode_kv_tokens - gone)
 
 
-def _seconds(step: Step, rules: Rules, step_time: StepTime) -> float:
-    return rules.margin * step_time.seconds(step) + _host_seconds(step.decode_seqs, rules)
+def _within_s(slacks_s: Sequence[float], paces_s: Sequence[float], decode_s: float, rules: Rules) -> float:
+    if not rules.chunk_from_slack:
+        return min(paces_s)
+    least_s = min(slacks_s)
+    if least_s >= decode_s:
+        return least_s
+    return min([slack if slack >= decode_s else pace for slack, pace in zip(slacks_s, paces_s, strict=True)])
+
+
+def step_behind(base: Step, demand: Demand) -> Step:
+    """The step behind this one: its decodes, and all prompts that may end in it. Who is left out now has to be on
+    time there."""
+    return Step.decode(
+        base.decode_seqs + demand.seqs, base.decode_kv_tokens + base.decode_seqs + demand.kv_tokens + demand.seqs
+    )
+
+
+def least_within(values: Sequence[float], low: float, high: float) -> float | None:
+    """The least of the values in `low` <= value < `high`; None when there is none."""
+    return min([value for value in values if low <= value < high], default=None)
+
+
+def least_step_s(rules: Rules, step_time: StepTime) -> float:
+    """The shortest step there is: who has less time than that is late whatever is done."""
+    return seconds(Step.decode(1, 1), rules, step_time)
+
+
+def needed_chunk(demand: Demand, within_s: float, tokens: int) -> Step | None:
+    """The chunk that a step of `within_s` has to carry so that the prompts are on time; None when none has to, or
+    when the step's time does not bind."""
+    if not demand.tokens or tokens <= 0 or within_s == math.inf:
+        return None
+    wanted = min(demand.tokens, tokens)
+    chunk = math.ceil(demand.rate * within_s) if demand.rate * within_s < wanted else wanted
+    return Step.chunk(chunk, demand.context_tokens) if chunk > 0 else None
+
+
+def _left_out(
+    kv_tokens: Sequence[int],
+    slacks_s: Sequence[float],
+    base: Step,
+    times_s: tuple[float, float],
+    chunk: Step,
+    rules: Rules,
+    step_time: StepTime,
+) -> tuple[int, ...]:
+    """The fewest decodes, loosest first, without which a step of the others and `chunk` takes no longer than the
+    first of `times_s`, while those left out have time for the second one behind it.
+
+    Nobody when even all that may be left out are not enough. Ties as given.
+    """
+    within_s, behind_s = times_s
+    from_s = within_s + behind_s
+    loose = [index for index, slack_s in enumerate(slacks_s) if slack_s >= from_s]
+    if not loose:
+        return ()
+    loose.sort(key=slacks_s.__getitem__, reverse=True)
+    gone = list(accumulate([kv_tokens[index] for index in loose], initial=0))
+    host_s = rules.host_step_s + rules.host_seq_s * (base.decode_seqs + chunk.prefill_seqs)
+
+    def fits(count: int) -> bool:
+        step_s = step_time.seconds_of(
+            chunk.prefill_tokens,
+            chunk.prefill_seqs,
+            chunk.prefill_context_tokens,
+            chunk.prefill_attention,
+            base.decode_seqs - count,
+            base.decode_kv_tokens - gone[count],
+        )
+        return rules.margin * step_s + host_s - rules.host_seq_s * count <= within_s
+
+    low, high = 0, len(loose)  # without `low` of them it does not fit
+    if not fits(high):
+        return ()
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            high = middle
+        else:
+            low = middle
+    return tuple(loose[:high])
+
+
+def inner_limits(limits: StepLimits, room: Room, rules: Rules) -> StepLimits:
+    """The limits for `fill`, whose step time knows neither margin nor host time."""
+    if room.within_s == math.inf:
+        return limits
+    host_s = rules.host_step_s + rules.host_seq_s * (room.served.decode_seqs + 1)
+    return replace(limits, within_s=(room.within_s - host_s) / rules.margin)
+
+
+def seconds(step: Step, rules: Rules, step_time: StepTime) -> float:
+    """How long a step will take by the rules: the profile's time with its margin, and the host's."""
+    host_s = rules.host_step_s + rules.host_seq_s * (step.decode_seqs + step.prefill_seqs)
+    return rules.margin * step_time.seconds(step) + host_s

@@ -95,7 +95,7 @@ def fill(
     free = math.inf if limits.free_blocks is None else limits.free_blocks
     base = decodes
     admitting = True
-    for index in _ranked(prefills, order):
+    for index in ranked(prefills, order):
         if left <= 0:
             break
         prefill = prefills[index]
@@ -124,7 +124,8 @@ def new_blocks(context_tokens: int, tokens: int, block_tokens: int) -> int:
     return -(-(context_tokens + tokens) // block_tokens) - -(-context_tokens // block_tokens)
 
 
-def _ranked(prefills: Sequence[Prefill], order: Order) -> Sequence[int]:
+def ranked(prefills: Sequence[Prefill], order: Order) -> Sequence[int]:
+    """The indices of `prefills` as they are served: relegated ones last."""
     if len(prefills) < 2:
         return range(len(prefills))
     if order is Order.DEADLINE:
