@@ -21,6 +21,8 @@ PACKAGES = (ROOT / "engine" / "tiergate_engine", ROOT / "scheduling")
 PLAIN = frozenset({"__init__.py", "tiers.py", "scoring.py"})
 """Files that stay Python: a package's own, which only names what is in it, and values that go from one process to
 another, of which one may run compiled and the other not."""
+BINDINGS = ("vllm", "sglang")
+"""Folders that stand on an engine's own code, which is not there when the core is compiled."""
 _LONGEST_BUILD_S = 900
 _SETUP = """
 from setuptools import setup
@@ -55,7 +57,7 @@ def build() -> Path:
         work = Path(name) / "core"
         work.mkdir()
         for package in PACKAGES:
-            shutil.copytree(package, work / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(package, work / package.name, ignore=shutil.ignore_patterns("__pycache__", *BINDINGS))
         modules = sorted(str(path.relative_to(work)) for path in work.rglob("*.py") if path.name not in PLAIN)
         (work / "setup.py").write_text(_SETUP.format(modules=modules))
         (work / "pyproject.toml").write_text("[tool.mypy]\nstrict = true\n")
@@ -81,7 +83,8 @@ def _compile(work: Path) -> None:
 
 
 def _sources() -> list[Path]:
-    return sorted(path for package in PACKAGES for path in package.rglob("*.py"))
+    found = (path for package in PACKAGES for path in package.rglob("*.py"))
+    return sorted(path for path in found if path.parent.name not in BINDINGS)
 
 
 def main() -> int:

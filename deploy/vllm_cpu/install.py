@@ -1,4 +1,4 @@
-"""Install vLLM for CPU into an environment of its own.
+"""Install vLLM for CPU into an environment of its own, with Tiergate's engine package in it.
 
 `python deploy/vllm_cpu/install.py [--venv .venv-vllm]` runs under the project's interpreter, which has uv. It does
 nothing when the environment was made from the same inputs. torch's CPU build is found through pip's own settings
@@ -19,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PYTHON_VERSION = "3.11"  # the CPU builds of torch that vLLM pins exist for this one
 STAMP = "tiergate-inputs.sha256"
+ENGINE_PACKAGE = ROOT / "engine"
+ENGINE_STAMP = "tiergate-engine.sha256"
 
 
 class InstallFailed(Exception):
@@ -62,6 +64,23 @@ def _name_the_distribution(python: Path) -> None:
     (folder / "RECORD").write_text("")
 
 
+def _add_engine_package(venv: Path) -> None:
+    """The plug-in that drives vLLM, as it stands in this checkout: an edit needs no installation."""
+    manifest = ENGINE_PACKAGE / "pyproject.toml"
+    wanted = hashlib.sha256(f"{ENGINE_PACKAGE}\n".encode() + manifest.read_bytes()).hexdigest()
+    stamp = venv / ENGINE_STAMP
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    _uv_pip(venv / "bin" / "python", ["--no-deps", "--reinstall", "--editable", str(ENGINE_PACKAGE)])
+    stamp.write_text(wanted)
+
+
+def _uv_pip(python: Path, arguments: list[str]) -> None:
+    _run(
+        [sys.executable, str(ROOT / "deploy" / "uv_run.py"), "pip", "install", "--python", str(python), *arguments]
+    )
+
+
 def install(venv: Path) -> Path:
     """Make the environment if it is not there as wanted; returns its interpreter. Raises InstallFailed."""
     if importlib.util.find_spec("uv") is None:
@@ -75,23 +94,15 @@ def install(venv: Path) -> Path:
         wanted = digest()
         stamp = venv / STAMP
         if stamp.exists() and stamp.read_text() == wanted:
+            _add_engine_package(venv)
             return python
         _run([sys.executable, "-m", "uv", "venv", "--clear", "--python", PYTHON_VERSION, str(venv)])
         arguments = ["--overrides", str(HERE / "overrides.txt"), "--constraints", str(HERE / "constraints.txt")]
         arguments += ["--requirements", str(HERE / "requirements.txt"), str(HERE / "plugin")]
-        _run(
-            [
-                sys.executable,
-                str(ROOT / "deploy" / "uv_run.py"),
-                "pip",
-                "install",
-                "--python",
-                str(python),
-                *arguments,
-            ]
-        )
+        _uv_pip(python, arguments)
         _name_the_distribution(python)
         stamp.write_text(wanted)
+        _add_engine_package(venv)
     return python
 
 

@@ -32,8 +32,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",  # 5 s by default: shorter than a gateway's pool keeps connections
-    "VLLM_PLUGINS": "tiergate_vllm_cpu",  # keeps the engine from spinning on its neighbours' cores
 }
+PLUGIN = "tiergate_vllm_cpu"  # keeps the engine from spinning on its neighbours' cores
 
 
 def prepare(venv: Path = ROOT / ".venv-vllm", work: Path = ROOT / ".engine") -> tuple[Path, Path]:
@@ -63,10 +63,12 @@ def vllm_server(
     extra: Sequence[str] = (),
     cpus: str | None = None,
     development: bool = False,
+    driven: bool = False,
 ) -> ServerProcess:
     """A `vllm serve` that schedules by priority, counts its load and caches no prefixes (prompts repeat).
 
-    `cpus` binds its threads (vLLM's VLLM_CPU_OMP_THREADS_BIND, for instance "0"); by default it takes all.
+    `driven` gives it Tiergate's scheduler and control routes; until somebody gives orders it runs as stock. `cpus`
+    binds its threads (vLLM's VLLM_CPU_OMP_THREADS_BIND, for instance "0"); by default it takes all.
     `development` opens vLLM's development routes: what its scheduler is set to, and abort by request id.
     """
     command = [str(programs / "vllm"), "serve", str(model)]
@@ -78,12 +80,17 @@ def vllm_server(
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "pythonic"]
     # a random model that may write blanks into JSON writes nothing else
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}', *extra]
+    plugins = [PLUGIN]
+    if driven:
+        command += ["--scheduler-cls", "tiergate_engine.vllm.Scheduler"]
+        plugins.append("tiergate")
     return ServerProcess(
         command,
         f"http://127.0.0.1:{port}/health",
         log_path,
         environment={
             **ENVIRONMENT,
+            "VLLM_PLUGINS": ",".join(plugins),
             "VLLM_CPU_OMP_THREADS_BIND": cpus or "auto",
             "VLLM_SERVER_DEV_MODE": "1" if development else "0",
         },
@@ -111,13 +118,15 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=None, help="a free one by default")
     parser.add_argument("--cpus", default=None, help='cores its threads are bound to, for instance "0"')
     parser.add_argument("--development", action="store_true", help="open vLLM's development routes")
+    parser.add_argument("--driven", action="store_true", help="with Tiergate's scheduler and control routes")
     parser.add_argument("--log", type=Path, default=ROOT / ".engine" / "vllm.log")
     args = parser.parse_args()
     port: int = args.port or free_port()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways to end it take the engine down
     try:
         programs, model = prepare()
-        with vllm_server(programs, model, port, args.log, cpus=args.cpus, development=args.development) as server:
+        settings = {"development": args.development, "driven": args.driven}
+        with vllm_server(programs, model, port, args.log, cpus=args.cpus, **settings) as server:
             print(f"http://127.0.0.1:{port}", flush=True)
             server.wait()
             print(f"the engine ended by itself, see {args.log}", file=sys.stderr)

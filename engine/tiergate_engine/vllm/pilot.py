@@ -1,0 +1,333 @@
+"""What a vLLM scheduler is set to for its next step, from what runs and waits in it.
+
+The pilot holds the orders, plans a step and keeps the facts. It changes nothing: `Turn` says what to set for one
+step, and the scheduler sets it and puts it back. It knows vLLM by the attributes it reads, not by import.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+from tiergate_engine.control import Mode, Orders, StepFact
+from tiergate_engine.drive import Decode, StepPlan, plan_step
+from tiergate_engine.fill import Prefill, StepLimits
+from tiergate_engine.step import Step, StepTime
+from tiergate_engine.vllm.facts import FactsRing
+from tiergate_engine.vllm.promises import EngineRequest, next_due_s
+from tiergate_engine.vllm.waiting import DeadlineQueue
+
+HEADS = 16
+"""Queued prompts looked at in a step. More than that many are never admitted in one step that keeps a pace."""
+WATCHED_S = 60.0
+"""Facts are kept as long as somebody asked for them, or gave orders, within this time."""
+
+
+class StepOutput(Protocol):
+    """What is read of a step that vLLM scheduled: tokens by request, and how many of those are drafts."""
+
+    num_scheduled_tokens: dict[str, int]
+    scheduled_spec_decode_tokens: dict[str, list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a scheduler holds before a step.
+
+    Attributes:
+        running: in the engine's own order.
+        heads: the first waiting prompts, in the order in which they would be admitted.
+        budget_tokens, running_cap: the engine's own limits.
+        held_slots: slots taken by sequences that are not among the running.
+        free_blocks: None when the engine's memory is not one pool of blocks.
+    """
+
+    running: Sequence[EngineRequest]
+    heads: Sequence[EngineRequest]
+    budget_tokens: int
+    running_cap: int
+    held_slots: int = 0
+    free_blocks: int | None = None
+    block_tokens: int = 16
+    whole_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What to set for one step, and to put back behind it.
+
+    Attributes:
+        running: all that run, in the order for this step and those behind it.
+        left_out: of those, who is not shown to vLLM in this step.
+        budget_tokens: of the whole step.
+        running_cap: most sequences among the shown and the newly admitted.
+        skipped: decodes among those left out.
+    """
+
+    running: list[EngineRequest]
+    left_out: frozenset[EngineRequest]
+    budget_tokens: int
+    running_cap: int
+    skipped: int = 0
+
+
+class _Running(NamedTuple):
+    """The running sequences by what they want of the next step."""
+
+    decodes: list[EngineRequest]  # one token each, or a few with speculation
+    prefills: list[EngineRequest]
+    done: list[EngineRequest]  # nothing more to schedule: their last token is on its way
+    decode_tokens: int
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was scheduled and has not come back."""
+
+    output: StepOutput
+    step: Step
+    scheduled_s: float
+    predicted_s: float
+    budget_tokens: int
+    skipped: int
+
+
+@dataclass(slots=True)
+class Pilot:
+    """One engine's orders, plans and facts. All times are of the engine's own clock, in seconds."""
+
+    facts: FactsRing
+    orders: Orders = field(default_factory=Orders)
+    given_s: float | None = None
+    watched_s: float = -math.inf
+    last_budget_tokens: int | None = None
+    _flights: deque[_Flight] = field(default_factory=deque)
+    _back_s: float = -math.inf
+
+    def order(self, orders: Orders, now_s: float) -> None:
+        """Obey these from the next step on."""
+        self.orders, self.given_s, self.watched_s = orders, now_s, now_s
+
+    def watch(self, now_s: float) -> None:
+        """Somebody asked for facts."""
+        self.watched_s = now_s
+
+    def lapsed(self, now_s: float) -> bool:
+        """Whether the orders' time is over."""
+        lapse_s = self.orders.lapse_s
+        return self.given_s is not None and lapse_s is not None and now_s - self.given_s > lapse_s
+
+    def mode(self, now_s: float) -> Mode:
+        """What is done at present."""
+        return Mode.STOCK if self.given_s is None or self.lapsed(now_s) else self.orders.mode
+
+    def by_deadline(self, now_s: float) -> bool:
+        """Whether the waiting queue is to stand by deadline."""
+        return self.mode(now_s) is Mode.DRIVEN and self.orders.rules.deadline_order
+
+    def commands(self, now_s: float) -> bool:
+        """Whether there is anything to set at all."""
+        if self.given_s is None or self.lapsed(now_s):
+            return False
+        orders = self.orders
+        return orders.mode is Mode.DRIVEN or orders.chunk_tokens is not None or orders.running_cap is not None
+
+    # --- before a step
+
+    def turn(self, situation: Situation, now_s: float) -> Turn:
+        """What to set for the next step under the orders in force."""
+        running = _by_want(situation.running)
+        cap = situation.running_cap
+        if self.orders.running_cap is not None:
+            cap = min(cap, self.orders.running_cap)
+        budget = situation.budget_tokens
+        if self.orders.chunk_tokens is not None:
+            budget = min(budget, running.decode_tokens + self.orders.chunk_tokens)
+        if self.orders.mode is Mode.DRIVEN and self.orders.profile is not None:
+            turn = self._driven(situation, running, (budget, cap), self.orders.profile, now_s)
+        else:
+            turn = Turn(running.done + running.decodes + running.prefills, frozenset(), budget, cap)
+        self.last_budget_tokens = turn.budget_tokens
+        return turn
+
+    def hopeless(self, prompt: EngineRequest, now_s: float) -> bool:
+        """Whether a queued prompt would be late even if it had the engine to itself from now on."""
+        profile = self.orders.profile
+        due_s = next_due_s(prompt)
+        if profile is None or not self.orders.rules.relegate or due_s == math.inf:
+            return False
+        tokens = prompt.num_tokens - prompt.num_computed_tokens
+        chunk = Step.chunk(max(tokens, 1), prompt.num_computed_tokens)
+        rules = self.orders.rules
+        took_s = rules.margin * profile.seconds(chunk) + rules.host_step_s + rules.host_seq_s
+        return self.free_s(now_s) + took_s > due_s
+
+    def free_s(self, now_s: float) -> float:
+        """When the step that is planned now can begin: with asynchronous scheduling one is still running."""
+        free_s = self._back_s
+        for flight in self._flights:
+            free_s = max(free_s, flight.scheduled_s) + flight.predicted_s
+        return max(free_s, now_s)
+
+    def _driven(
+        self,
+        situation: Situation,
+        running: _Running,
+        limits: tuple[int, int],
+        profile: StepTime,
+        now_s: float,
+    ) -> Turn:
+        budget, cap = limits
+        free_s = self.free_s(now_s)
+        free_blocks = situation.free_blocks
+        rules = self.orders.rules
+        if free_blocks is not None:
+            free_blocks -= len(running.decodes)  # at most one each
+            if free_blocks < 0:
+                free_blocks = 0
+                rules = replace(rules, skip=False)  # vLLM must see whom it may preempt
+        prompts = [*running.prefills, *situation.heads]
+        admitted = len(running.prefills)
+        plan = plan_step(
+            [_decode(one, free_s) for one in running.decodes],
+            [_prefill(one, free_s, index < admitted) for index, one in enumerate(prompts)],
+            StepLimits(
+                budget,
+                max(cap - len(situation.running) - situation.held_slots, 0),
+                free_blocks,
+                situation.block_tokens,
+                situation.whole_prompt,
+            ),
+            rules,
+            profile,
+        )
+        return _turn_of(plan, running, prompts, budget, cap)
+
+    # --- behind a step
+
+    def scheduled(
+        self,
+        output: StepOutput,
+        requests: Mapping[str, EngineRequest],
+        set_to: tuple[int, int],
+        began_s: float,
+    ) -> None:
+        """A step was scheduled. `set_to`: its budget, and the decodes skipped."""
+        if not output.num_scheduled_tokens:
+            return
+        step = _step_of(output, requests)
+        profile = self.orders.profile
+        predicted_s = 0.0 if profile is None else profile.seconds(step)
+        self._flights.append(_Flight(output, step, began_s, predicted_s, *set_to))
+
+    def came_back(self, output: StepOutput, now_s: float) -> None:
+        """A step's outputs were taken in."""
+        while self._flights:
+            flight = self._flights.popleft()
+            if flight.output is output:
+                began_s = max(flight.scheduled_s, self._back_s)
+                self.facts.add(StepFact(flight.step, now_s - began_s, flight.budget_tokens, flight.skipped))
+                break
+        self._back_s = now_s
+
+    def watching(self, now_s: float) -> bool:
+        """Whether facts are kept: somebody asked lately, or they are needed to plan."""
+        return now_s - self.watched_s <= WATCHED_S or self.mode(now_s) is Mode.DRIVEN
+
+
+def admission_heads(
+    queue: object, first: Iterable[EngineRequest], pilot: Pilot, now_s: float
+) -> list[EngineRequest]:
+    """The prompts that may be admitted next: `first`, which hold memory already, then the head of the queue.
+
+    Those that can no longer be on time are put behind the others on the way.
+    """
+    heads = list(first)
+    if isinstance(queue, DeadlineQueue):
+        for one in queue.first(HEADS):
+            if not queue.given_up(one) and pilot.hopeless(one, now_s):
+                queue.give_up(one)
+        return heads + queue.first(HEADS)
+    if isinstance(queue, Iterable):
+        for one in queue:
+            if len(heads) >= HEADS:
+                break
+            heads.append(one)
+    return heads
+
+
+def _by_want(running: Sequence[EngineRequest]) -> _Running:
+    decodes: list[EngineRequest] = []
+    prefills: list[EngineRequest] = []
+    done: list[EngineRequest] = []
+    drafts = 0
+    for one in running:
+        if one.is_prefill_chunk:
+            prefills.append(one)
+            continue
+        ahead = one.num_output_placeholders
+        if ahead and one.num_computed_tokens + 2 - ahead >= one.num_prompt_tokens + one.max_tokens:
+            done.append(one)
+            continue
+        decodes.append(one)
+        if one.spec_token_ids:
+            drafts += len(one.spec_token_ids)
+    return _Running(decodes, prefills, done, len(decodes) + drafts)
+
+
+def _decode(one: EngineRequest, free_s: float) -> Decode:
+    due = one.tiergate_due
+    if due.relegated or due.first_s == math.inf:
+        return Decode(one.num_computed_tokens + 1)
+    return Decode(one.num_computed_tokens + 1, next_due_s(one) - free_s, due.pace_s)
+
+
+def _prefill(one: EngineRequest, free_s: float, admitted: bool) -> Prefill:
+    computed = one.num_computed_tokens
+    tokens = max(one.num_tokens + one.num_output_placeholders - computed, 1)
+    return Prefill(tokens, computed, admitted, next_due_s(one) - free_s, one.tiergate_due.relegated)
+
+
+def _turn_of(plan: StepPlan, running: _Running, prompts: Sequence[EngineRequest], budget: int, cap: int) -> Turn:
+    """What to set so that vLLM, which serves its running in order and then its queue, does what was planned."""
+    admitted = len(running.prefills)
+    skipped = {running.decodes[index] for index in plan.skipped}
+    served = [index for index in plan.order if plan.chunks[index]]
+    # vLLM gives what is left to running prompts first, so one behind a queued prompt must not be seen by it
+    first_queued = next((rank for rank, index in enumerate(served) if index >= admitted), len(served))
+    shown = {prompts[index] for index in served[:first_queued]}
+    queued = first_queued < len(served)
+    left_out = {one for one in running.prefills if one not in shown} if queued else set()
+    prompt_tokens = sum(plan.chunks[index] for index in served if not queued or prompts[index] not in left_out)
+    skipped_tokens = sum(1 + len(one.spec_token_ids) for one in skipped)
+    tokens = running.decode_tokens - skipped_tokens + prompt_tokens
+    if not tokens and (running.decodes or prompts):
+        # a step of nothing would be planned again and again
+        skipped, left_out, tokens = set(), set(), max(running.decode_tokens, 1)
+    ordered = [prompts[index] for index in plan.order if index < admitted]
+    everybody = running.done + running.decodes + ordered
+    out = frozenset(skipped | left_out)
+    return Turn(everybody, out, max(min(tokens, budget), 1), cap - len(out), len(skipped))
+
+
+def _step_of(output: StepOutput, requests: Mapping[str, EngineRequest]) -> Step:
+    """What a step holds. Read behind vLLM's `schedule`, when the step's tokens count as computed."""
+    prefill_tokens = prefill_seqs = prefill_context = decode_seqs = decode_kv = 0
+    attention = 0.0
+    drafts = output.scheduled_spec_decode_tokens
+    for request_id, tokens in output.num_scheduled_tokens.items():
+        one = requests[request_id]
+        computed = one.num_computed_tokens
+        before = computed - tokens
+        if before >= one.num_prompt_tokens and (tokens == 1 or tokens == 1 + len(drafts.get(request_id, ()))):
+            decode_seqs += 1
+            decode_kv += computed
+        else:
+            prefill_tokens += tokens
+            prefill_seqs += 1
+            prefill_context += before
+            attention += tokens * (before + tokens / 2)
+    return Step(prefill_tokens, prefill_seqs, prefill_context, attention, decode_seqs, decode_kv)
