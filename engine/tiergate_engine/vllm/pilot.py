@@ -10,10 +10,11 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from tiergate_engine.control import Mode, Orders, StepFact
-from tiergate_engine.drive import Decode, StepPlan, plan_step
+from tiergate_engine.drive import Decode, Rules, StepPlan, is_late, plan_step
 from tiergate_engine.fill import Prefill, StepLimits
 from tiergate_engine.step import Step, StepTime
 from tiergate_engine.vllm.facts import FactsRing
@@ -39,14 +40,16 @@ class Situation:
 
     Attributes:
         running: in the engine's own order.
-        heads: the first waiting prompts, in the order in which they would be admitted.
+        holding: waiting prompts that hold memory; vLLM admits them before the queue.
+        queue: the waiting prompts, in the order in which they would be admitted.
         budget_tokens, running_cap: the engine's own limits.
         held_slots: slots taken by sequences that are not among the running.
         free_blocks: None when the engine's memory is not one pool of blocks.
     """
 
     running: Sequence[EngineRequest]
-    heads: Sequence[EngineRequest]
+    holding: Iterable[EngineRequest]
+    queue: Iterable[EngineRequest]
     budget_tokens: int
     running_cap: int
     held_slots: int = 0
@@ -153,18 +156,6 @@ class Pilot:
         self.last_budget_tokens = turn.budget_tokens
         return turn
 
-    def hopeless(self, prompt: EngineRequest, now_s: float) -> bool:
-        """Whether a queued prompt would be late even if it had the engine to itself from now on."""
-        profile = self.orders.profile
-        due_s = next_due_s(prompt)
-        if profile is None or not self.orders.rules.relegate or due_s == math.inf:
-            return False
-        tokens = prompt.num_tokens - prompt.num_computed_tokens
-        chunk = Step.chunk(max(tokens, 1), prompt.num_computed_tokens)
-        rules = self.orders.rules
-        took_s = rules.margin * profile.seconds(chunk) + rules.host_step_s + rules.host_seq_s
-        return self.free_s(now_s) + took_s > due_s
-
     def free_s(self, now_s: float) -> float:
         """When the step that is planned now can begin: with asynchronous scheduling one is still running."""
         free_s = self._back_s
@@ -189,10 +180,11 @@ class Pilot:
             if free_blocks < 0:
                 free_blocks = 0
                 rules = replace(rules, skip=False)  # vLLM must see whom it may preempt
-        prompts = [*running.prefills, *situation.heads]
+        decodes = [_decode(one, free_s) for one in running.decodes]
+        prompts = running.prefills + _heads(situation, free_s, rules, profile)
         admitted = len(running.prefills)
         plan = plan_step(
-            [_decode(one, free_s) for one in running.decodes],
+            decodes,
             [_prefill(one, free_s, index < admitted) for index, one in enumerate(prompts)],
             StepLimits(
                 budget,
@@ -238,25 +230,21 @@ class Pilot:
         return now_s - self.watched_s <= WATCHED_S or self.mode(now_s) is Mode.DRIVEN
 
 
-def admission_heads(
-    queue: object, first: Iterable[EngineRequest], pilot: Pilot, now_s: float
-) -> list[EngineRequest]:
-    """The prompts that may be admitted next: `first`, which hold memory already, then the head of the queue.
+def _heads(situation: Situation, free_s: float, rules: Rules, step_time: StepTime) -> list[EngineRequest]:
+    """The prompts that vLLM would admit next: those that hold memory already, then the head of the queue.
 
-    Those that can no longer be on time are put behind the others on the way.
+    Prompts that can no longer be on time are put behind the others on the way, for good: the plan judges them the
+    same way, and vLLM's order has to be the plan's.
     """
-    heads = list(first)
+    heads = list(situation.holding)
+    queue = situation.queue
     if isinstance(queue, DeadlineQueue):
-        for one in queue.first(HEADS):
-            if not queue.given_up(one) and pilot.hopeless(one, now_s):
-                queue.give_up(one)
+        if rules.relegate:
+            for one in queue.first(HEADS):
+                if not queue.given_up(one) and is_late(_prefill(one, free_s, False), rules, step_time):
+                    queue.give_up(one)
         return heads + queue.first(HEADS)
-    if isinstance(queue, Iterable):
-        for one in queue:
-            if len(heads) >= HEADS:
-                break
-            heads.append(one)
-    return heads
+    return heads + list(islice(queue, HEADS))
 
 
 def _by_want(running: Sequence[EngineRequest]) -> _Running:

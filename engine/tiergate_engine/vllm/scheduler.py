@@ -25,7 +25,7 @@ from vllm.v1.engine.core import EngineCore
 from tiergate_engine.control import ControlError, EngineState, SchedulerKind
 from tiergate_engine.vllm.calls import engine_call
 from tiergate_engine.vllm.facts import FactsRing
-from tiergate_engine.vllm.pilot import Pilot, Situation, Turn, admission_heads
+from tiergate_engine.vllm.pilot import Pilot, Situation, Turn
 from tiergate_engine.vllm.promises import NO_PROMISE, due_of
 from tiergate_engine.vllm.versions import STRICT_SWITCH, TESTED, UTILITY, plain_version
 from tiergate_engine.vllm.waiting import DeadlineQueue
@@ -120,7 +120,7 @@ class _Driven(Scheduler):  # type: ignore[misc]  # vLLM is not installed where t
                 self._swap_queue()
             if not pilot.commands(now_s) or not (self.running or self.waiting or self.kv_holding_waiting):
                 return None
-            turn = pilot.turn(self._situation(now_s), now_s)
+            turn = pilot.turn(self._situation(), now_s)
         except Exception as error:  # noqa: BLE001 (a failed plan must not end the engine: it schedules undriven)
             self._failed("the step's plan", error)
             return None
@@ -132,11 +132,12 @@ class _Driven(Scheduler):  # type: ignore[misc]  # vLLM is not installed where t
         self.max_num_active_reqs = turn.running_cap
         return turn
 
-    def _situation(self, now_s: float) -> Situation:
+    def _situation(self) -> Situation:
         pool = getattr(self.kv_cache_manager, "block_pool", None)
         return Situation(
             running=self.running,
-            heads=admission_heads(self.waiting, self.kv_holding_waiting, self.tiergate, now_s),
+            holding=self.kv_holding_waiting,
+            queue=self.waiting,
             budget_tokens=self._own_budget_tokens,
             running_cap=self._own_running_cap,
             held_slots=self.num_waiting_for_streaming_input,
