@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from tiergate_engine.control import EngineState, Orders, Promise, StepFacts
+
 
 class Failure(Enum):
     """What went wrong upstream, in the only terms the gateway acts on."""
@@ -101,7 +103,7 @@ class Capabilities:
     so that counts come from usage.
     """
 
-    engine: str  # "vllm", "tgi", "openai"
+    engine: str  # "vllm", "sglang", "tgi", "openai"
     version: str | None = None
     emulated: bool = False  # the engine says it emulates
     models: tuple[str, ...] = ()
@@ -116,6 +118,9 @@ class Capabilities:
     continuous_usage: Support = Support.UNKNOWN
     chunk_budget: Support = Support.NO
     running_cap: Support = Support.NO
+    driven: Support = (
+        Support.NO
+    )  # takes orders (`Drivable`), and plans each step by what its requests were promised
     load: Support = Support.UNKNOWN
     tokens_per_event: int | None = 1
 
@@ -128,6 +133,8 @@ class EngineLoad:
     waiting: int | None = None
     kv_used_fraction: float | None = None  # 0..1
     preemptions: int | None = None  # since start
+    waiting_tokens: int | None = None  # prompt tokens in the queue that no cache holds
+    age_s: float | None = None  # how old the engine says its own numbers are
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +151,7 @@ class OutgoingRequest:
     streamed: bool
     priority: int | None = None  # smaller is more urgent; None: say nothing
     want_usage: bool = False  # add a final usage event that the gateway will remove again
+    promise: Promise | None = None  # what is promised to it, for engines that are driven by it
 
 
 class Unsupported(Exception):
@@ -190,7 +198,7 @@ class Adapter(Protocol):
         ...
 
     async def set_chunk_budget(self, tokens: int | None) -> None:
-        """Most tokens a step may carry from now on. Raises Unsupported."""
+        """Most prompt tokens a step may carry from now on, on top of its decodes. Raises Unsupported."""
         ...
 
     async def set_running_cap(self, sequences: int | None) -> None:
@@ -198,3 +206,17 @@ class Adapter(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class Drivable(Protocol):
+    """An engine with Tiergate's plug-in. All raise Unsupported when it is not there, and UpstreamError."""
+
+    async def give_orders(self, orders: Orders) -> EngineState:
+        """What the engine does from its next step on, in place of all it was told before."""
+        ...
+
+    async def read_state(self) -> EngineState: ...
+
+    async def read_steps(self, since: int) -> StepFacts:
+        """The engine's steps from number `since` on, as far as it still knows them."""
+        ...

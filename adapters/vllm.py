@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import orjson
 
@@ -16,9 +17,12 @@ from adapters.contract import (
     UpstreamCall,
     UpstreamError,
 )
+from adapters.control import EngineControl
 from adapters.errors import message_of
 from adapters.exposition import Sample, Scanner, mean, total
 from adapters.monitored import MonitoredAdapter, positive_int, tokenize_question
+from adapters.promises import with_promise
+from tiergate_engine.control import EngineState, Orders, StepFacts
 
 _RUNNING = "vllm:num_requests_running"
 _WAITING = "vllm:num_requests_waiting"
@@ -31,6 +35,7 @@ _STATIC = Scanner((_RUNNING, _CACHE_CONFIG, _SPECULATION))
 
 _PRIORITY_HEADER = "x-vllm-priority"
 _INT64 = 2**63
+_GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
 # Guarded by --api-key, so first; the other one exists in development mode and with --tokens-only.
 _ABORT_PATHS = ("/inference/v1/abort_requests", "/abort_requests")
 # What decides how many tokens a chat prompt has, and is known to /tokenize.
@@ -70,6 +75,7 @@ class VllmAdapter(MonitoredAdapter):
         self._sends_priority = priority is Support.YES
         self._abort_path: str | None = None
         self._tokenize = Support.UNKNOWN
+        self._control = EngineControl(self._ask)
 
     async def probe(self) -> Capabilities:
         """Ask for models, version, metrics and routes; costs at most one generated token.
@@ -87,6 +93,8 @@ class VllmAdapter(MonitoredAdapter):
                 self._abort_path = path
                 break
         priority = await self._probe_priority(models.names, scheduler)
+        plugin = await self._find_plugin()
+        drivable = Support.YES if self._control.drivable else Support.NO
         speculates = any(sample.name == _SPECULATION for sample in samples)
         interval = positive_int(scheduler.get("stream_interval")) or 1
         return Capabilities(
@@ -97,12 +105,17 @@ class VllmAdapter(MonitoredAdapter):
             max_model_tokens=models.max_model_tokens,
             kv_tokens=kv_tokens,
             block_tokens=block_tokens,
-            max_running_seqs=positive_int(scheduler.get("max_num_seqs")),
-            max_batched_tokens=positive_int(scheduler.get("max_num_batched_tokens")),
+            max_running_seqs=plugin.max_running_seqs if plugin else positive_int(scheduler.get("max_num_seqs")),
+            max_batched_tokens=(
+                plugin.max_batched_tokens if plugin else positive_int(scheduler.get("max_num_batched_tokens"))
+            ),
             priority=priority,
             tokenize=self._tokenize,
             abort_by_id=Support.NO if self._abort_path is None else Support.YES,
             continuous_usage=Support.YES,
+            chunk_budget=drivable,
+            running_cap=drivable,
+            driven=drivable,
             load=Support.YES if any(sample.name == _RUNNING for sample in samples) else Support.NO,
             tokens_per_event=None if speculates or interval > 1 else 1,
         )
@@ -126,12 +139,39 @@ class VllmAdapter(MonitoredAdapter):
         return positive_int(answer.json_object().get("server_load")) if answer.status == 200 else None
 
     def prepare(self, request: OutgoingRequest) -> UpstreamCall:
-        """As OpenAI, and the priority in a header (a client's own one is dropped)."""
+        """As OpenAI, and the priority in a header (a client's own one is dropped).
+
+        An engine with Tiergate's plug-in gets the promise in the body, among `vllm_xargs`; what a client says
+        there in the plug-in's words is dropped.
+        """
         call = super().prepare(request)
         headers = {name: value for name, value in call.headers.items() if name.lower() != _PRIORITY_HEADER}
         if request.priority is not None and self._sends_priority:
             headers[_PRIORITY_HEADER] = str(max(-_INT64, min(request.priority, _INT64 - 1)))
-        return UpstreamCall(call.method, call.path, headers, call.body, call.timeout_s)
+        body = call.body
+        if self._control.drivable and call.path in _GENERATIONS:
+            body = with_promise(body, request.promise)
+        return UpstreamCall(call.method, call.path, headers, body, call.timeout_s)
+
+    async def set_chunk_budget(self, tokens: int | None) -> None:
+        """Most prompt tokens a step may carry from now on, on top of its decodes. Raises Unsupported."""
+        await self.give_orders(replace(self._control.orders, chunk_tokens=tokens))
+
+    async def set_running_cap(self, sequences: int | None) -> None:
+        """Most sequences that may run from now on; more that run already end as they are. Raises Unsupported."""
+        await self.give_orders(replace(self._control.orders, running_cap=sequences))
+
+    async def give_orders(self, orders: Orders) -> EngineState:
+        """What the plug-in does from the next step on. Raises Unsupported without it, or UpstreamError."""
+        return await self._control.give(orders)
+
+    async def read_state(self) -> EngineState:
+        """What the plug-in says of the engine. Raises Unsupported without it, or UpstreamError."""
+        return await self._control.state()
+
+    async def read_steps(self, since: int) -> StepFacts:
+        """The engine's steps from number `since` on. Raises Unsupported without the plug-in, or UpstreamError."""
+        return await self._control.steps(since)
 
     async def abort(self, request_id: str) -> None:
         """Abort what was sent under `request_id`. Raises Unsupported, or UpstreamError.
@@ -163,6 +203,12 @@ class VllmAdapter(MonitoredAdapter):
         if not isinstance(count, int):
             raise Unsupported("count tokens: /tokenize answered without a count")
         return count
+
+    async def _find_plugin(self) -> EngineState | None:
+        try:
+            return await self._control.find()
+        except UpstreamError:
+            return None
 
     async def _version(self) -> str | None:
         answer = await self._try_get("/version")
