@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from tiergate_engine.drive import Rules
 from tiergate_engine.step import Step
 
 
@@ -33,6 +35,8 @@ class EngineConfig:
         max_queued_seqs: longest queue; None is unlimited [--max-num-queued-reqs].
         async_scheduling: the next step is filled while one runs [--async-scheduling, vLLM's default], so a
             sequence that comes during a step is not in the next one but in the one after it.
+        drive: how a driven engine keeps its sequences' promises; None is a stock engine, which knows none. A
+            driven one orders its queue by relegation and deadline, whatever `priority_scheduling` says.
     """
 
     kv_tokens: int
@@ -47,6 +51,7 @@ class EngineConfig:
     whole_prompt: bool = True
     max_queued_seqs: int | None = None
     async_scheduling: bool = False
+    drive: Rules | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "max_model_tokens", "max_running_seqs", "max_batched_tokens", "block_tokens"):
@@ -68,6 +73,9 @@ class SequenceSpec:
         prefix_blocks: ids of the prompt's leading blocks, `block_tokens` each; equal ids are equal content.
         received_tokens: leading prompt tokens whose KV another engine computed and sent (prefill/decode
             disaggregation): they take blocks but no time, until a preemption drops them.
+        first_due_s: when its first token is due, on the clock of `now_s`; infinite without a promise.
+        pace_s: seconds promised per token behind it; infinite without a promise.
+        relegated: its promise is given up: its prompt is served after all others, and it holds nobody back.
     """
 
     sequence_id: str
@@ -76,8 +84,15 @@ class SequenceSpec:
     priority: int = 0
     prefix_blocks: tuple[int, ...] = ()
     received_tokens: int = 0
+    first_due_s: float = math.inf
+    pace_s: float = math.inf
+    relegated: bool = False
 
     def __post_init__(self) -> None:
+        if math.isnan(self.first_due_s) or not self.pace_s > 0.0:
+            raise ValueError(
+                f"first_due_s must be a time and pace_s positive, not {self.first_due_s} and {self.pace_s}"
+            )
         if not 0 <= self.received_tokens <= self.prompt_tokens:
             raise ValueError(f"received_tokens must be within the prompt, not {self.received_tokens}")
         if self.prompt_tokens < 1 or self.output_tokens < 1:
@@ -85,6 +100,19 @@ class SequenceSpec:
                 f"prompt_tokens and output_tokens must be at least 1, "
                 f"not {self.prompt_tokens} and {self.output_tokens}"
             )
+
+
+def check_size(spec: SequenceSpec, config: EngineConfig, capacity_blocks: int) -> None:
+    """Raise SequenceTooLong when the engine could never finish the sequence."""
+    total = spec.prompt_tokens + spec.output_tokens
+    if total > config.max_model_tokens:
+        raise SequenceTooLong(
+            f"prompt ({spec.prompt_tokens}) plus output ({spec.output_tokens}) tokens exceed "
+            f"the model length of {config.max_model_tokens}"
+        )
+    if -(-(total - 1) // config.block_tokens) > capacity_blocks:
+        kv_tokens = capacity_blocks * config.block_tokens
+        raise SequenceTooLong(f"{total - 1} tokens exceed the KV cache of {kv_tokens}")
 
 
 @dataclass(frozen=True, slots=True)

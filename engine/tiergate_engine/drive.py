@@ -134,11 +134,11 @@ def plan_step(
     2. When the step of all decodes is longer than the slack of one that a shorter step would serve in time, or
        when it leaves too little to the prompts to make them on time, decodes are left out, the loosest first: only
        as many as are needed, only if it helps, and only such as are still on time in the step behind this one.
-    3. Prompts share what is left as `fill` has it, by deadline. One that would be late even if all that is left of
-       it went into this step comes last (QoServe's eager relegation, ASPLOS 2026).
+    3. Prompts share what is left as `fill` has it, by deadline. One that would be late even if it had the
+       engine to itself comes last (after QoServe's eager relegation, ASPLOS 2026).
     """
     base = Step.decode(len(decodes), sum([one.kv_tokens for one in decodes]))
-    asks, ranks = served_order(prefills, base, limits.tokens, rules, step_time)
+    asks, ranks = served_order(prefills, len(decodes), limits.tokens, rules, step_time)
     room = room_for(decodes, base, demand_of(asks, ranks, limits.tokens), limits, rules, step_time)
     queue = [asks[index] for index in ranks]
     shares = fill(room.served, queue, inner_limits(limits, room, rules), step_time=step_time)
@@ -152,23 +152,23 @@ def plan_step(
 
 
 def served_order(
-    prefills: Sequence[Prefill], base: Step, tokens: int, rules: Rules, step_time: StepTime
+    prefills: Sequence[Prefill], decode_seqs: int, tokens: int, rules: Rules, step_time: StepTime
 ) -> tuple[Sequence[Prefill], Sequence[int]]:
     """The prompts with those relegated that are late anyway (`is_late`), and the order in which they are served.
 
-    Only as many are looked at as can get any of the step's `tokens`.
+    Only as many are looked at as can get any of the step's `tokens` behind its decodes.
     """
     order = Order.DEADLINE if rules.deadline_order else Order.GIVEN
     ranks = ranked(prefills, order)
     if not rules.relegate:
         return prefills, ranks
     late: list[int] = []
-    wanted = tokens - base.decode_seqs
+    wanted = tokens - decode_seqs
     for index in ranks:
         one = prefills[index]
         if wanted <= 0 or one.relegated:
             break
-        if one.remaining_s < math.inf and is_late(one, base, rules, step_time):
+        if one.remaining_s < math.inf and is_late(one, rules, step_time):
             late.append(index)
         else:
             wanted -= one.tokens
@@ -180,11 +180,12 @@ def served_order(
     return asks, ranked(asks, order)
 
 
-def is_late(prefill: Prefill, base: Step, rules: Rules, step_time: StepTime) -> bool:
-    """Whether its first token would be late even if all that is left of it went into the next step."""
+def is_late(prefill: Prefill, rules: Rules, step_time: StepTime) -> bool:
+    """Whether its first token would be late even if it had the engine to itself. Who is late stays so: chunks take
+    longer together than one of all their tokens."""
     if prefill.remaining_s <= 0.0:
         return True
-    whole = base + Step.chunk(prefill.tokens, prefill.context_tokens)
+    whole = Step.chunk(prefill.tokens, prefill.context_tokens)
     return seconds(whole, rules, step_time) > prefill.remaining_s
 
 
@@ -302,9 +303,9 @@ def _left_out(
     within_s, behind_s = times_s
     from_s = within_s + behind_s
     loose = [index for index, slack_s in enumerate(slacks_s) if slack_s >= from_s]
-    if not loose:
-        return ()
     loose.sort(key=slacks_s.__getitem__, reverse=True)
+    if len(loose) == base.decode_seqs:
+        loose.pop()  # who holds all KV blocks could keep the prompts from using the step
     gone = list(accumulate([kv_tokens[index] for index in loose], initial=0))
     host_s = rules.host_step_s + rules.host_seq_s * (base.decode_seqs + chunk.prefill_seqs)
 
@@ -320,7 +321,7 @@ def _left_out(
         return rules.margin * step_s + host_s - rules.host_seq_s * count <= within_s
 
     low, high = 0, len(loose)  # without `low` of them it does not fit
-    if not fits(high):
+    if not loose or not fits(high):
         return ()
     while high - low > 1:
         middle = (low + high) // 2

@@ -6,6 +6,9 @@ slots and KV blocks last. The step that finishes a prompt emits its first token.
 runs out, the last running sequence (or the one with the largest priority value) is preempted: its blocks go, and
 its prompt and answer so far are prefilled again later. Nobody is admitted in a step that preempted.
 
+A driven engine (`EngineConfig.drive`) keeps promises instead (`tiergate_engine.drive`): queue and chunks go by
+deadline, the step is as long as the slack on board allows, and loose decodes may be left out of it.
+
 A step costs time that does not grow with the number of decodes: they run in lockstep, so a decode is only looked
 at when it joins, ends, or is held up. What they need in between is kept in sums: their number, their KV, how many
 of them start a new block in which step, and who ends in which step.
@@ -13,7 +16,6 @@ of them start a new block in which step, and who ends in which step.
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import replace
 
 from tiergate_engine.contract import (
@@ -23,11 +25,14 @@ from tiergate_engine.contract import (
     PlannedStep,
     SequenceSpec,
     SequenceTooLong,
+    check_size,
 )
+from tiergate_engine.driver import Driver, Plan
 from tiergate_engine.fill import Prefill, StepLimits, fill, new_blocks
 from tiergate_engine.kv import BlockPool, CachingPool, Holder
 from tiergate_engine.lockstep import LiveSequence, Lockstep, State
 from tiergate_engine.step import Step, StepTime
+from tiergate_engine.waiting import Waiting, by_arrival, by_deadline, by_priority, by_relegation
 
 __all__ = [
     "Emitted",
@@ -59,12 +64,16 @@ class EngineModel:
         self._cap = config.max_running_seqs
         self._known: dict[str, LiveSequence] = {}
         self._running: dict[str, LiveSequence] = {}  # in running order
-        self._queue: list[tuple[int, int, LiveSequence]] = []  # a heap; aborted ones are dropped when they surface
-        self._late: list[LiveSequence] = []  # came after the next step was filled (asynchronous scheduling)
+        if config.drive is not None:
+            key = by_deadline if config.drive.deadline_order else by_relegation
+        else:
+            key = by_priority if config.priority_scheduling else by_arrival
+        self._queue = Waiting(key)
         self._waiting = 0
         self._submitted = 0
         self._partial: list[LiveSequence] = []  # running, prompt unfinished
         self._decodes = Lockstep(config.block_tokens)
+        self._driver = None if config.drive is None else Driver(config.drive, step_time, self._decodes)
         # The step in flight.
         self._in_flight: PlannedStep | None = None
         self._prefilling: list[LiveSequence] = []
@@ -154,25 +163,18 @@ class EngineModel:
         if spec.sequence_id in self._known:
             raise ValueError(f"sequence_id {spec.sequence_id!r} is in use")
         config = self.config
-        total = spec.prompt_tokens + spec.output_tokens
-        if total > config.max_model_tokens:
-            raise SequenceTooLong(
-                f"prompt ({spec.prompt_tokens}) plus output ({spec.output_tokens}) tokens exceed "
-                f"the model length of {config.max_model_tokens}"
-            )
-        if new_blocks(0, total - 1, config.block_tokens) > self._pool.capacity:
-            raise SequenceTooLong(f"{total - 1} tokens exceed the KV cache of {self.kv_capacity_tokens}")
+        check_size(spec, config, self._pool.capacity)
         if config.max_queued_seqs is not None and self._waiting >= config.max_queued_seqs:
             raise EngineFull(f"{self._waiting} sequences wait, the cap is {config.max_queued_seqs}")
         self._submitted += 1
         holder = Holder(self._submitted, spec.prefix_blocks)
-        sequence = LiveSequence(spec, holder, spec.prompt_tokens, spec.received_tokens)
+        sequence = LiveSequence(spec, holder, spec.prompt_tokens, spec.received_tokens, relegated=spec.relegated)
         self._known[spec.sequence_id] = sequence
         self._waiting += 1
         if config.async_scheduling and self._in_flight is not None:
-            self._late.append(sequence)
+            self._queue.push_late(sequence)
         else:
-            self._enqueue(sequence)
+            self._queue.push(sequence)
 
     def abort(self, sequence_id: str, now_s: float) -> bool:
         """Drop a sequence; False when it is not here (any more).
@@ -201,15 +203,19 @@ class EngineModel:
         if self._in_flight is not None:
             raise RuntimeError("the step in flight has to be finished first")
         if not self._running:
-            self._let_late_ones_in()
+            self._queue.let_late_in()
         earlier = self._held_up
         self._held_up = {}
+        plan = None if self._driver is None else self._plan(self._driver, now_s)
         preempted = self._seat_running()
         held_kv = sum(map(self._decodes.kv_of, self._held_up.values())) if self._held_up else 0
         seqs = self._decodes.seqs - len(self._held_up)
         step = Step.decode(seqs, self._decodes.kv_tokens - held_kv + seqs)  # with the token being computed
-        step = self._seat_prefills(step, admit=not preempted)
-        self._let_late_ones_in()
+        if self._driver is None or plan is None:
+            step = self._seat_prefills(step, admit=not preempted, now_s=now_s)
+        else:
+            step = self._seat_planned(step, self._driver, plan, admit=not preempted)
+        self._queue.let_late_in()
         self._resumed = [
             sequence
             for key, sequence in earlier.items()
@@ -257,11 +263,13 @@ class EngineModel:
         Room for the next chunk of unfinished prompts is made too, but their blocks are taken later.
         """
         block = self.config.block_tokens
-        starts = self._decodes.block_starts
-        left = self._budget - self._decodes.seqs
+        starts = self._decodes.block_starts - sum(map(self._decodes.starts_block, self._held_up.values()))
+        seqs = self._decodes.seqs - len(self._held_up)
+        left = self._budget - seqs
         if left >= 0:
             need = starts
-            for sequence in self._partial:
+            # A driven engine's prompts take what there is as long as decodes go on, which end some time.
+            for sequence in self._partial if self._driver is None or not seqs else ():
                 chunk = min(sequence.target - sequence.kv, left)
                 need += new_blocks(sequence.kv, chunk, block)
                 left -= chunk
@@ -282,7 +290,7 @@ class EngineModel:
         preempted = False
         granted: dict[str, tuple[int, int]] = {}  # tokens, blocks
         for key, sequence in list(self._running.items()):
-            if sequence.state is State.WAITING:
+            if sequence.state is State.WAITING or key in self._held_up:
                 continue
             decode = sequence.state is State.DECODE
             if left == 0:
@@ -316,7 +324,7 @@ class EngineModel:
 
     def _victim(self) -> LiveSequence:
         if self.config.priority_scheduling:
-            return max(self._running.values(), key=_rank)
+            return max(self._running.values(), key=by_priority)
         return self._running[next(reversed(self._running))]
 
     def _preempt(self, sequence: LiveSequence, extra_blocks: int) -> None:
@@ -327,11 +335,33 @@ class EngineModel:
         self.preemptions += 1
         sequence.state = State.WAITING
         self._waiting += 1
-        self._enqueue(sequence)
+        self._queue.push(sequence)
 
     # --- filling: prompts ----------------------------------------------------------------------------------
 
-    def _seat_prefills(self, step: Step, admit: bool) -> Step:
+    def _plan(self, driver: Driver, now_s: float) -> Plan:
+        """What a driven engine does in the next step; decodes that are left out of it are held up."""
+        sequences = list(self._partial)
+        asks = [driver.promised(s, Prefill(s.target - s.kv, s.kv, admitted=True), now_s) for s in sequences]
+        if self._waiting:
+            self._peek_queue(self._budget - self._decodes.seqs, sequences, asks, now_s)
+        plan = driver.plan(self._running.values(), sequences, asks, self._limits(self._pace_s), now_s)
+        self._held_up = {sequence.sequence_id: sequence for sequence in plan.left_out}
+        return plan
+
+    def _seat_planned(self, step: Step, driver: Driver, plan: Plan, admit: bool) -> Step:
+        """The prompts' part of a plan. When somebody was preempted for the decodes, nobody is admitted."""
+        sequences, asks = plan.sequences, plan.asks
+        if not admit:
+            for sequence, ask in zip(sequences, asks, strict=True):
+                if not ask.admitted:
+                    self._queue.push(sequence)
+            stay = [i for i, s in enumerate(sequences) if asks[i].admitted and s.state is State.PREFILL]
+            sequences, asks = [sequences[i] for i in stay], [asks[i] for i in stay]
+        limits = driver.limits(plan, self._limits(self._pace_s))
+        return self._share(step, sequences, asks, limits, driver.rules.floor_tokens)
+
+    def _seat_prefills(self, step: Step, admit: bool, now_s: float) -> Step:
         """Chunks for unfinished prompts, then for the queue; the step with them."""
         left = self._budget - step.tokens
         if left <= 0:
@@ -339,22 +369,26 @@ class EngineModel:
         sequences = list(self._partial)
         asks = [Prefill(s.chunk or s.target - s.kv, s.kv, admitted=True) for s in sequences]
         if admit and self._waiting:
-            self._peek_queue(left - sum(ask.tokens for ask in asks), sequences, asks)
+            self._peek_queue(left - sum(ask.tokens for ask in asks), sequences, asks, now_s)
+        within_s = None if self._pace_s is None else self._pace_s - self._host_seconds(step.decode_seqs + 1)
+        return self._share(step, sequences, asks, self._limits(within_s), MIN_CHUNK_TOKENS)
+
+    def _limits(self, within_s: float | None) -> StepLimits:
+        config = self.config
+        slots = self._cap - len(self._running)
+        return StepLimits(self._budget, slots, self._pool.free, config.block_tokens, config.whole_prompt, within_s)
+
+    def _share(
+        self, step: Step, sequences: list[LiveSequence], asks: list[Prefill], limits: StepLimits, floor_tokens: int
+    ) -> Step:
+        """Give prompts their chunks; the step with them. Whoever is not admitted goes back to the queue."""
         if not asks:
             return step
         block = self.config.block_tokens
-        limits = StepLimits(
-            self._budget,
-            self._cap - len(self._running),
-            self._pool.free,
-            block,
-            self.config.whole_prompt,
-            None if self._pace_s is None else self._pace_s - self._host_seconds(step.decode_seqs + 1),
-        )
         chunks = fill(step, asks, limits, step_time=self._step_time)
         if not step.tokens and not any(chunks):
             # Nobody decodes and not even one token keeps the pace: without a step the engine would never go on.
-            chunks = fill(step, asks, replace(limits, tokens=MIN_CHUNK_TOKENS, within_s=None))
+            chunks = fill(step, asks, replace(limits, tokens=floor_tokens, within_s=None))
         chosen = list(zip(sequences, asks, chunks, strict=True))
         for sequence, ask, chunk in chosen:
             if not ask.admitted and chunk:
@@ -368,7 +402,7 @@ class EngineModel:
                 self._running[sequence.sequence_id] = sequence
                 self._partial.append(sequence)
             elif not ask.admitted:
-                heapq.heappush(self._queue, (*self._key(sequence), sequence))
+                self._queue.push(sequence)
         for sequence, ask, chunk in chosen:
             sequence.chunk = chunk
             if chunk:
@@ -377,13 +411,10 @@ class EngineModel:
                 step += Step.chunk(chunk, ask.context_tokens)
         return step
 
-    def _peek_queue(self, wanted: int, sequences: list[LiveSequence], asks: list[Prefill]) -> None:
+    def _peek_queue(self, wanted: int, sequences: list[LiveSequence], asks: list[Prefill], now_s: float) -> None:
         """Take from the queue as many as could use `wanted` tokens and a slot."""
         slots = self._cap - len(self._running)
-        while wanted > 0 and slots > 0 and self._queue:
-            sequence = heapq.heappop(self._queue)[2]
-            if sequence.state is not State.WAITING:
-                continue
+        while wanted > 0 and slots > 0 and (sequence := self._queue.pop()) is not None:
             # The last token is always computed: its logits are wanted.
             if sequence.received:
                 context = min(sequence.received, sequence.target - 1)
@@ -392,22 +423,16 @@ class EngineModel:
                 hit, unused = self._pool.hits(sequence.holder, (sequence.target - 1) // self.config.block_tokens)
                 context = hit * self.config.block_tokens
             ask = Prefill(sequence.target - context, context, revived_blocks=unused)
+            if self._driver is not None:
+                ask = self._driver.promised(sequence, ask, now_s)
+                if self._driver.is_late(ask):
+                    sequence.relegated = True
+                    self._queue.push(sequence)
+                    continue
             sequences.append(sequence)
             asks.append(ask)
             wanted -= ask.tokens
             slots -= 1
-
-    def _key(self, sequence: LiveSequence) -> tuple[int, int]:
-        # A preempted sequence arrived before everybody who still waits, so arrival alone puts it in front.
-        return sequence.spec.priority if self.config.priority_scheduling else 0, sequence.holder.number
-
-    def _enqueue(self, sequence: LiveSequence) -> None:
-        heapq.heappush(self._queue, (*self._key(sequence), sequence))
-
-    def _let_late_ones_in(self) -> None:
-        for sequence in self._late:
-            self._enqueue(sequence)
-        self._late.clear()
 
     # --- ending a step -------------------------------------------------------------------------------------
 
@@ -465,7 +490,3 @@ class EngineModel:
         block = self.config.block_tokens
         blocks = new_blocks(0, sequence.kv, block) + extra_blocks
         self._pool.release(sequence.holder, blocks, sequence.kv // block)
-
-
-def _rank(sequence: LiveSequence) -> tuple[int, int]:
-    return sequence.spec.priority, sequence.holder.number
