@@ -9,11 +9,15 @@ from adapters.exchange import NO_ANSWER, Answer, ask
 from adapters.http import HttpOptions, HttpUpstream
 from adapters.models import ModelList
 from adapters.openai import OpenAIAdapter
+from adapters.sglang import SglangAdapter
 from adapters.tgi import TgiAdapter, is_tgi
 from adapters.vllm import VllmAdapter
 
-KINDS = ("vllm", "tgi", "openai")
-_VLLM_OWNERS = frozenset({"vllm", "tiergate-emulated"})
+KINDS = ("vllm", "sglang", "tgi", "openai")
+_BY_OWNER = {"vllm": "vllm", "tiergate-emulated": "vllm", "sglang": "sglang"}
+_BY_METRICS = {"vllm": b"\nvllm:", "sglang": b"\nsglang:"}
+
+_SCHEDULE_BY_PRIORITY = {"vllm": VllmAdapter, "sglang": SglangAdapter}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,8 @@ def make(kind: str, url: str, options: AdapterOptions | None = None) -> Adapter:
     if kind not in KINDS:
         raise ValueError(f"backend kind {kind!r} is not one of {', '.join(KINDS)}")
     upstream = HttpUpstream(url, options.http)
-    if kind == "vllm":
-        return VllmAdapter(
+    if kind in _SCHEDULE_BY_PRIORITY:
+        return _SCHEDULE_BY_PRIORITY[kind](
             upstream,
             api_key=options.api_key,
             priority=options.priority,
@@ -58,10 +62,10 @@ def make(kind: str, url: str, options: AdapterOptions | None = None) -> Adapter:
 
 
 async def detect(url: str, options: AdapterOptions | None = None) -> Adapter:
-    """The adapter for whatever answers at `url`: vLLM (or an engine that emulates it), TGI, else plain OpenAI.
+    """The adapter for whatever answers at `url`: vLLM (or what emulates it), SGLang, TGI, else plain OpenAI.
 
-    It is vLLM when its model list says so, or when its metrics carry vLLM's names; TGI when /info says so. Raises
-    UpstreamError when nothing answers, ValueError for an unusable URL.
+    It is vLLM or SGLang when its model list says so, or when its metrics carry their names; TGI when /info says
+    so. Raises UpstreamError when nothing answers, ValueError for an unusable URL.
     """
     options = options or AdapterOptions()
     upstream = HttpUpstream(url, options.http)
@@ -75,11 +79,15 @@ async def detect(url: str, options: AdapterOptions | None = None) -> Adapter:
 async def _kind_of(upstream: HttpUpstream, options: AdapterOptions) -> str:
     api_key, timeout_s = options.api_key, options.probe_timeout_s
     answer = await ask(upstream, "GET", "/v1/models", api_key=api_key, timeout_s=timeout_s)
-    if answer.status == 200 and ModelList.read(answer.body, emulated=False).owners & _VLLM_OWNERS:
-        return "vllm"
+    if answer.status == 200:
+        owners = ModelList.read(answer.body, emulated=False).owners
+        for owner, kind in _BY_OWNER.items():
+            if owner in owners:
+                return kind
     metrics = await _try_get(upstream, "/metrics", options)
-    if metrics.status == 200 and b"\nvllm:" in b"\n" + metrics.body:
-        return "vllm"
+    for kind, prefix in _BY_METRICS.items():
+        if metrics.status == 200 and prefix in b"\n" + metrics.body:
+            return kind
     info = await _try_get(upstream, "/info", options)
     return "tgi" if info.status == 200 and is_tgi(info.json_object()) else "openai"
 

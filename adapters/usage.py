@@ -6,6 +6,8 @@ import json
 
 import orjson
 
+from adapters.body import inserted
+
 _ASKED = b'"stream_options":{"include_usage":true}'
 
 
@@ -19,16 +21,7 @@ def with_usage(body: bytes) -> bytes:
     """
     if b'"stream_options"' in body:
         return _rewritten(body)
-    return _inserted(body)
-
-
-def _inserted(body: bytes) -> bytes:
-    brace = body.find(b"{")
-    if brace < 0 or body[:brace].strip():
-        return body
-    rest = body[brace + 1 :]
-    comma = b"" if rest.lstrip().startswith(b"}") else b","
-    return b"".join((body[: brace + 1], _ASKED, comma, rest))
+    return inserted(body, _ASKED)
 
 
 def _rewritten(body: bytes) -> bytes:
@@ -39,7 +32,7 @@ def _rewritten(body: bytes) -> bytes:
     if not isinstance(parsed, dict):
         return body
     if "stream_options" not in parsed:
-        return _inserted(body)
+        return inserted(body, _ASKED)
     options = parsed["stream_options"]
     if options is not None and not isinstance(options, dict):
         return body

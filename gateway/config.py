@@ -41,6 +41,7 @@ class _Model(BaseModel):
 class EngineKind(Enum):
     AUTO = "auto"
     VLLM = "vllm"
+    SGLANG = "sglang"
     TGI = "tgi"
     OPENAI = "openai"
 

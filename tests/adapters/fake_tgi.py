@@ -15,22 +15,20 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from adapters.emulated.driver import EngineDriver
-from adapters.emulated.tokens import TOKEN_TEXT, WORD_MASK, answer_key, draw_output_tokens, encode, first_word
+from adapters.emulated.tokens import answer_key, draw_output_tokens, encode, first_word
+from tests.adapters.fake_parts import Json, Plan, Sink, chat_words, served
 from tiergate_engine.model import EngineConfig, EngineModel, SequenceSpec
 from tiergate_engine.steptime import RooflineStepTime
 
 VERSION = "3.3.7"
 _FINGERPRINT = f"{VERSION}-fake"
 _END_TOKEN = "</s>"
-
-Json: TypeAlias = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,48 +97,6 @@ def _failed() -> TgiError:
     return TgiError(424, "generation", "Request failed during generation: Server error: fake failure")
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """One sequence: what it will say. The last token of one that ends by itself has no text in a chat."""
-
-    sequence_id: str
-    prompt_tokens: int
-    output_tokens: int
-    first: int
-    by_length: bool
-
-    def text(self, index: int) -> str:
-        if self.ends(index) and not self.by_length:
-            return _END_TOKEN
-        return TOKEN_TEXT[(self.first + index) & WORD_MASK].decode()
-
-    def ends(self, index: int) -> bool:
-        return index + 1 == self.output_tokens
-
-    def reason(self, *, chat: bool) -> str:
-        """Streamed completions call the end of a sequence by its own name."""
-        return "length" if self.by_length else "stop" if chat else "eos_token"
-
-    def usage(self) -> Json:
-        total = self.prompt_tokens + self.output_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.output_tokens,
-            "total_tokens": total,
-        }
-
-
-class _Sink:
-    """Puts a sequence's tokens where its request waits for them."""
-
-    def __init__(self, choice: int, into: asyncio.Queue[tuple[int, int]]) -> None:
-        self._choice = choice
-        self._into = into
-
-    def token(self, index: int, *, finished: bool) -> None:
-        self._into.put_nowait((self._choice, index))
-
-
 @dataclass(slots=True)
 class FakeTgi:
     """The fake's state and handlers. `written` has the bytes of every stream's body, in order of their begin."""
@@ -160,7 +116,6 @@ class FakeTgi:
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[_errors])
-        app.on_response_prepare.append(_say_fake)
         app.router.add_routes(
             [
                 web.get("/health", self.health),
@@ -232,7 +187,7 @@ class FakeTgi:
         return web.json_response(_tokens(str(body["inputs"]).split()))
 
     async def chat_tokenize(self, request: web.Request) -> web.Response:
-        words = _chat_words(await self._body(request, "messages"))
+        words = chat_words(await self._body(request, "messages"))
         return web.json_response({"tokenize_response": _tokens(words), "templated_text": " ".join(words)})
 
     # --- generations ---------------------------------------------------------------------------------------
@@ -241,7 +196,7 @@ class FakeTgi:
         body = await self._body(request, "messages")
         options = body.get("stream_options")
         usage = isinstance(options, dict) and options.get("include_usage") is True
-        return await self._generate(request, body, [_chat_words(body)], chat=True, usage=usage)
+        return await self._generate(request, body, [chat_words(body)], chat=True, usage=usage)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request, "prompt")
@@ -288,7 +243,7 @@ class _Run:
         self._prompts = prompts
         self._chat = chat
         self._usage = usage
-        self._plans: list[_Plan] = []
+        self._plans: list[Plan] = []
         self._permits = 0
         self._name = f"tgi-{fake.generations}"
         self._tokens: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
@@ -319,7 +274,7 @@ class _Run:
         for index, (plan, text) in enumerate(zip(self._plans, texts, strict=True)):
             message = {"role": "assistant", "content": "".join(text)}
             said: Json = {"message": message} if self._chat else {"text": "".join(text)}
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": plan.reason(chat=True)})
+            choices.append({"index": index, **said, "logprobs": None, "finish_reason": _reason(plan, chat=True)})
         usages = [plan.usage() for plan in self._plans]
         usage = {name: sum(int(str(one[name])) for one in usages) for name in usages[0]}
         answer = {
@@ -378,10 +333,10 @@ class _Run:
         plans = [self._plan(words, choice) for choice, words in enumerate(prompts)]
         for choice, plan in enumerate(plans):
             spec = SequenceSpec(plan.sequence_id, plan.prompt_tokens, plan.output_tokens)
-            fake.driver.submit(spec, _Sink(choice, self._tokens), by_length=plan.by_length)
+            fake.driver.submit(spec, Sink(choice, self._tokens), by_length=plan.by_length)
             self._plans.append(plan)
 
-    def _plan(self, words: Sequence[str], choice: int) -> _Plan:
+    def _plan(self, words: Sequence[str], choice: int) -> Plan:
         top_p = self._body.get("top_p")
         if isinstance(top_p, int | float) and not 0.0 < top_p < 1.0:
             raise _invalid("`top_p` must be > 0.0 and < 1.0")
@@ -401,7 +356,7 @@ class _Run:
         name = f"{self._name}-{choice}"
         key = answer_key(self._body.get("seed", name), choice)
         natural = draw_output_tokens(key)
-        return _Plan(name, len(words), min(natural, limit), first_word(key), natural > limit)
+        return Plan(name, len(words), min(natural, limit), first_word(key), natural > limit, _END_TOKEN)
 
     def _check(self, index: int) -> None:
         fails_after = self._fake.habits.fails_after
@@ -416,9 +371,11 @@ class _Run:
             said: Json = {"index": choice, "text": text, "logprobs": None}
             if not last:
                 return [self._event(choices=[{**said, "finish_reason": ""}])]
-            return [self._event(choices=[{**said, "finish_reason": plan.reason(chat=False)}], usage=plan.usage())]
+            return [
+                self._event(choices=[{**said, "finish_reason": _reason(plan, chat=False)}], usage=plan.usage())
+            ]
         delta = {"role": "assistant", "content": "" if text == _END_TOKEN else text}
-        reason = plan.reason(chat=True) if last else None
+        reason = _reason(plan, chat=True) if last else None
         events = [
             self._event(
                 choices=[{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}], usage=None
@@ -437,14 +394,9 @@ class _Run:
         return {"object": kind, **self._head, **named, "choices": choices, **more}
 
 
-def _chat_words(body: Json) -> list[str]:
-    """A word a token, and one for each role."""
-    words: list[str] = []
-    messages = body["messages"]
-    assert isinstance(messages, list)
-    for message in messages:
-        words += [f"<|{message['role']}|>", *str(message["content"]).split()]
-    return words
+def _reason(plan: Plan, *, chat: bool) -> str:
+    """Streamed completions call the end of a sequence by its own name."""
+    return "length" if plan.by_length else "stop" if chat else "eos_token"
 
 
 def _tokens(words: Sequence[str]) -> list[Json]:
@@ -464,10 +416,6 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return web.Response(status=404)  # without a body
 
 
-async def _say_fake(_request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["x-tiergate-emulated"] = "1"
-
-
 @contextlib.asynccontextmanager
 async def fake_tgi(
     model: str = "test-model",
@@ -484,14 +432,5 @@ async def fake_tgi(
     )
     driver = EngineDriver(EngineModel(config, RooflineStepTime(c0_s=step_s)))
     fake = FakeTgi(model, limits, habits, driver)
-    runner = web.AppRunner(fake.application(), handler_cancellation=True, shutdown_timeout=0.05)
-    async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(driver.run())
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            yield fake
-        finally:
-            await runner.cleanup()
-            running.cancel()
+    async with served(fake.application(), driver) as fake.url:
+        yield fake

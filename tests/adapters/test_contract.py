@@ -1,9 +1,10 @@
-"""What every adapter keeps of its contract: in front of an emulated vLLM, and of a fake TGI."""
+"""What every adapter keeps of its contract: in front of an emulated vLLM, a fake SGLang and a fake TGI."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
 import orjson
 import pytest
@@ -11,20 +12,25 @@ import pytest
 from adapters.contract import Adapter, EngineLoad, OutgoingRequest, Support, Unsupported, UpstreamError
 from adapters.emulated import EmulatedEngine, EmulatedSettings, serving
 from adapters.registry import KINDS, AdapterOptions, detect, make
-from tests.adapters.fake_tgi import fake_tgi
+from tests.adapters.fake_sglang import FakeSglang, fake_sglang
+from tests.adapters.fake_tgi import FakeTgi, fake_tgi
 from tiergate_engine.model import EngineConfig
 from tiergate_engine.steptime import RooflineStepTime
 
 MODEL = "m"
+_FAKES: dict[str, Callable[[str], AbstractAsyncContextManager[FakeTgi | FakeSglang]]] = {
+    "tgi": fake_tgi,
+    "sglang": fake_sglang,
+}
 KEY = AdapterOptions(api_key="ours", probe_timeout_s=5.0)
 
 
 @contextlib.asynccontextmanager
 async def connected(kind: str) -> AsyncIterator[Adapter]:
     """The adapter of this kind in front of something that it can talk to."""
-    if kind == "tgi":
-        async with fake_tgi(MODEL) as tgi:
-            adapter = make(kind, tgi.url, KEY)
+    if kind in _FAKES:
+        async with _FAKES[kind](MODEL) as fake:
+            adapter = make(kind, fake.url, KEY)
             yield adapter
             await adapter.close()
         return

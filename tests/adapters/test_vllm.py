@@ -326,5 +326,5 @@ class TestRegistry:
             "x-vllm-priority": "1",
         }
         assert type(make("openai", "http://h")) is OpenAIAdapter
-        with pytest.raises(ValueError, match=r"'sglang2' is not one of vllm, tgi, openai"):
+        with pytest.raises(ValueError, match=r"'sglang2' is not one of vllm, sglang, tgi, openai"):
             make("sglang2", "http://h")
