@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import profiles
@@ -74,6 +74,10 @@ def engine_makers(
 ) -> Mapping[str, Callable[[], EngineModel]]:
     """A maker of each backend's engine: called again when it comes back after a crash."""
 
+    drive = setup.drive
+    if drive is not None:  # an engine knows its own host time
+        drive = replace(drive, host_step_s=fleet.host_step_s, host_seq_s=fleet.host_seq_s)
+
     def maker(kind: Kind) -> Callable[[], EngineModel]:
         limits = _limits(kind, setup)
         config = EngineConfig(
@@ -85,6 +89,7 @@ def engine_makers(
             host_step_s=fleet.host_step_s,
             host_seq_s=fleet.host_seq_s,
             prefix_caching=fleet.prefix_caching,
+            drive=drive,
         )
         return lambda: EngineModel(config, kind.step_time)
 

@@ -115,7 +115,7 @@ def _told(sim: SimRequest) -> SimRequest:
 def _fleet(cell: Cell, kinds: list[Kind], setup: Setup, tiers: TierSet, requests: Offered) -> _Run:
     spec = cell.fleet
     options = FleetOptions(
-        driven=setup.driven,
+        driven=setup.paced,
         view_age_s=spec.view_age_s,
         startup_s=spec.startup_s,
         faults=spec.faults,

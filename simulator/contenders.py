@@ -21,6 +21,7 @@ from scheduling.policies.polyserve import PolyServe, Promotion
 from scheduling.tiers import TierSet
 from simulator.scenario import Contender, Form, Knob
 from simulator.setup import Setup
+from tiergate_engine.drive import Rules
 
 __all__ = ["KNOBS", "KnobInfo", "UnknownContender", "knobs_of", "names", "setup_for"]
 
@@ -115,8 +116,19 @@ _TIERED = (
     KnobInfo("kv_growth", "peak", "the KV that is planned for (§4.5)", tuple(each.value for each in KvGrowth)),
     KnobInfo("held_order", "deadline", "the order in which the held of a tier are tried", ("deadline", "fifo")),
 )
+_DRIVE = (
+    KnobInfo(
+        "chunk_from_slack",
+        False,
+        "engines: a step may last until the first token on board is due, not just a pace",
+    ),
+    KnobInfo("deadline_order", False, "engines: prompts by their deadline, not as they came"),
+    KnobInfo("skip_loose", False, "engines: decodes with time to spare leave out a step that others need"),
+    KnobInfo("relegate_late", False, "engines: prompts that cannot be on time come after those that can"),
+)
 _COLOCATED = (
     _DRIVEN,
+    *_DRIVE,
     _CHUNK,
     KnobInfo(
         "chunk_prediction",
@@ -157,11 +169,21 @@ def _setup(values: Values, policy: Callable[[Random], Policy], form: Form = Form
         policy,
         form,
         driven=bool(values.get("driven", False)),
+        drive=_rules(values),
         chunk_tokens=int(values.get("chunk_tokens", 0)) or None,
         lengths=str(values["lengths"]),
         margin=float(values["margin"]),
         options=options,
     )
+
+
+def _rules(values: Values) -> Rules | None:
+    """How engines keep promises; None when no mechanism is on."""
+    on = [bool(values.get(knob.name, False)) for knob in _DRIVE]
+    if not any(on):
+        return None
+    chunk_from_slack, deadline_order, skip, relegate = on
+    return Rules(chunk_from_slack=chunk_from_slack, deadline_order=deadline_order, skip=skip, relegate=relegate)
 
 
 def _router(policy: str, form: Form = Form.COLOCATED) -> Callable[[Values], Setup]:
@@ -227,20 +249,22 @@ def _entries() -> dict[str, _Entry]:
         ),
         "co_chunk": _Entry(
             "the shortest predicted step, on engines with a static token budget that is swept (PolyServe §5)",
-            (replace(_CHUNK, default=512, about="static token budget of a step", least=1), *_COMMON),
+            (replace(_CHUNK, default=512, about="static token budget of a step", least=1), *_DRIVE, *_COMMON),
             _router("minimal"),
         ),
         "qoserve_silo": _Entry(
             "a silo of backends per tier, sized by demand, least loaded within (QoServe's baseline)",
-            (_DRIVEN, _CHUNK, _PERIOD, _MOVES, *_COMMON),
+            (_DRIVEN, *_DRIVE, _CHUNK, _PERIOD, _MOVES, *_COMMON),
             _router("qoserve_silo"),
         ),
     }
     entries["headroom"] = _Entry(
-        "the fullest backend whose predictions keep the pace (llm-d)", (*_HEADROOM, _CHUNK, *_COMMON), _headroom
+        "the fullest backend whose predictions keep the pace (llm-d)",
+        (*_HEADROOM, *_DRIVE, _CHUNK, *_COMMON),
+        _headroom,
     )
     for name, about in routers.items():
-        entries[name] = _Entry(about, (_CHUNK, *_COMMON), _router(name))
+        entries[name] = _Entry(about, (_CHUNK, *_DRIVE, *_COMMON), _router(name))
         if name in ("random", "minimal"):
             in_two = _router(name, Form.DISAGGREGATED)
             entries[f"{name}_pd"] = _Entry(f"{about}, disaggregated", (_CHUNK, *_COMMON), in_two)

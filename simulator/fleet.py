@@ -211,14 +211,16 @@ class SimFleet:
                 tell = lambda replica=replica, event=event: replica.tell(event)  # noqa: E731  # bound now
                 self.agenda.at(self.agenda.now_s + age_s, tell)
 
-    def open(self, replica: Replica, sim: SimRequest, lease_id: str, backend: str) -> bool:
+    def open(
+        self, replica: Replica, sim: SimRequest, lease_id: str, backend: str, *, relegated: bool = False
+    ) -> bool:
         """Open a stream; False when the engine is not there."""
         engine = self.engines[backend]
         if not engine.alive:
             self._watches[backend].suspect()
             return False
         request = sim.request
-        prompt = request.prompt_tokens
+        prompt, slo = request.prompt_tokens, request.slo
         self._owners[lease_id] = replica
         engine.submit(
             SequenceSpec(
@@ -227,6 +229,9 @@ class SimFleet:
                 sim.output_tokens,
                 prefix_blocks=sim.prefix_blocks,
                 received_tokens=prompt if self.options.received else 0,
+                first_due_s=math.inf if slo.ttft_s is None else request.arrival_s + slo.ttft_s,
+                pace_s=slo.tpot_s or math.inf,
+                relegated=relegated,
             ),
             streamed=request.streamed,
         )

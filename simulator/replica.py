@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Protocol
 
 from scheduling import events as ev
+from scheduling.decisions import Outcome
 from scheduling.dispatcher import Dispatcher
 from scheduling.requests import Request
 from scheduling.rivals import Waiting
@@ -31,7 +32,9 @@ class Home(Protocol):
     agenda: Agenda
     starting: set[str]
 
-    def open(self, replica: Replica, sim: SimRequest, lease_id: str, backend: str) -> bool: ...
+    def open(
+        self, replica: Replica, sim: SimRequest, lease_id: str, backend: str, *, relegated: bool = False
+    ) -> bool: ...
 
     def close(self, lease_id: str, backend: str, request: Request) -> StreamTimes: ...
 
@@ -161,7 +164,8 @@ class Replica:
         sim = self._requests[action.request_id]
         self._open[action.lease_id] = (sim, action)
         try:
-            opened = self._fleet.open(self, sim, action.lease_id, action.backend)
+            relegated = action.decision.outcome is Outcome.RELEGATED
+            opened = self._fleet.open(self, sim, action.lease_id, action.backend, relegated=relegated)
         except SequenceTooLong as error:
             del self._open[action.lease_id]
             self.tell(ev.OpenFailed(action.request_id, action.lease_id, retryable=False, cause=str(error)))
