@@ -22,7 +22,7 @@ _CAP_NAMES = ("pp_max_micro_batch_size", "max_micro_batch_size")
 
 @dataclass(frozen=True, slots=True)
 class ChunkRange:
-    """The chunk sizes that the plug-in takes: from `least` to `most`, in multiples of `multiple`."""
+    """The chunk sizes that the plug-in takes: from `least` on in multiples of `multiple`, and `most`."""
 
     now: int
     least: int
@@ -31,8 +31,9 @@ class ChunkRange:
 
     def nearest(self, tokens: int | None) -> int:
         """The size to ask for, not above `tokens` unless that is below the least; None is the most."""
-        wanted = self.most if tokens is None else min(max(tokens, self.least), self.most)
-        return max(wanted // self.multiple * self.multiple, self.least)
+        if tokens is None or tokens >= self.most:
+            return self.most
+        return max(tokens // self.multiple * self.multiple, self.least)
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,12 +160,13 @@ class TestServerInfo:
         assert ServerInfo.read({"internal_states": [one, odd_one]}).chunk is None
 
 
-@given(st.integers(-5, 10_000) | st.none(), st.integers(1, 8), st.integers(1, 64), st.integers(0, 500))
+@given(st.integers(-5, 10_000) | st.none(), st.integers(1, 8), st.integers(1, 64), st.integers(0, 5000))
 def test_a_chunk_that_is_asked_for_is_one_that_is_taken(
     tokens: int | None, least: int, multiple: int, more: int
 ) -> None:
-    sizes = ChunkRange(multiple * least, multiple * least, multiple * (least + more), multiple)
+    sizes = ChunkRange(multiple * least, multiple * least, multiple * least + more, multiple)
     nearest = sizes.nearest(tokens)
     assert sizes.least <= nearest <= sizes.most
-    assert nearest % multiple == 0
+    assert nearest % multiple == 0 or nearest == sizes.most
+    assert (nearest == sizes.most) is (tokens is None or tokens >= sizes.most or sizes.most == sizes.least)
     assert tokens is None or nearest <= max(tokens, sizes.least)
