@@ -100,7 +100,8 @@ class Capabilities:
     """What a backend was found to be able to do. Probed, not assumed; None is unknown.
 
     ``tokens_per_event``: 1 when every content event carries exactly one token; None when events may carry more,
-    so that counts come from usage.
+    so that counts come from usage. ``requeue_tokens``: after so many tokens of an answer its request is queued
+    again, behind all that wait; None when it never is.
     """
 
     engine: str  # "vllm", "sglang", "tgi", "openai"
@@ -123,6 +124,7 @@ class Capabilities:
     )  # takes orders (`Drivable`), and plans each step by what its requests were promised
     load: Support = Support.UNKNOWN
     tokens_per_event: int | None = 1
+    requeue_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from adapters.contract import (
     Capabilities,
@@ -49,7 +50,14 @@ class OpenAIAdapter:
 
     It never sends a field or header that OpenAI's API does not have. Some such servers refuse even
     ``stream_options`` (`transformers serve`); `adds_usage` says whether it may be added.
+
+    Attributes:
+        family: what such a server is called.
+        absent: generating routes that it has not. Some have one of TGI's names, and mean something else by it.
     """
+
+    family: ClassVar[str] = "an OpenAI server"
+    absent: ClassVar[frozenset[str]] = frozenset({"/generate", "/generate_stream"})
 
     def __init__(
         self,
@@ -100,7 +108,12 @@ class OpenAIAdapter:
         return EngineLoad()
 
     def prepare(self, request: OutgoingRequest) -> UpstreamCall:
-        """The exchange that carries the request; the body is changed only to add a usage event."""
+        """The exchange that carries the request; the body is changed only to add a usage event.
+
+        Raises UpstreamError(UNSUPPORTED) for a generating route that such a server does not have.
+        """
+        if request.path in self.absent:
+            raise UpstreamError(Failure.UNSUPPORTED, f"{self.family} has no {request.path}")
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _NOT_FORWARDED}
         _set(headers, "x-request-id", request.request_id)
         if self._api_key is not None:

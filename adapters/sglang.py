@@ -78,6 +78,8 @@ class SglangAdapter(MonitoredAdapter):
     * An event may carry several tokens: the server merges what waits to be written.
     """
 
+    family = "SGLang"
+
     def __init__(
         self,
         upstream: Upstream,

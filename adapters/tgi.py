@@ -27,6 +27,7 @@ from adapters.contract import (
 from adapters.errors import error_in_event
 from adapters.exchange import Answer
 from adapters.exposition import Scanner, total
+from adapters.minted import MintedIds
 from adapters.monitored import MonitoredAdapter, positive_int
 
 _RUNNING = "tgi_batch_current_size"
@@ -36,9 +37,9 @@ _KV_CAPACITY = "tgi_batch_max_total_tokens"
 _LOAD = Scanner((_RUNNING, _WAITING, _KV_RESERVED))
 _STATIC = Scanner((_RUNNING, _WAITING, _KV_CAPACITY))
 
+_REQUEUE_TOKENS = 1024  # a constant of its router since 3.0
 _CHAT = "/v1/chat/completions"
-# OpenAI's and Anthropic's other routes, which it answers with 404.
-_ABSENT = frozenset({"/v1/responses", "/v1/messages", "/v1/embeddings"})
+_OWN = frozenset({"/generate", "/generate_stream"})  # its own, whose bodies pass as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +88,18 @@ class TgiAdapter(MonitoredAdapter):
     by no route of version 3, so they belong into the backend's configured limits. An older server that tells them
     in /info is believed.
 
-    A stream always begins with 200; an overload is its first event. An answer's `id` is empty. After a failed
-    generation its /health tries one token of its own.
+    A stream always begins with 200; an overload is its first event. The `id` that it leaves empty is filled in
+    (`adapters.minted`). After a failed generation its /health tries one token of its own.
+
+    After every 1024 tokens of an answer it queues the request again, behind all that wait, with the answer so far
+    as part of the prompt; and one that leaves while its prompt is computed costs all of the prompt's steps.
     """
 
+    family = "TGI"
+    absent = frozenset({"/v1/responses", "/v1/messages", "/v1/embeddings"})
+
     def __init__(self, upstream: Upstream, *, api_key: str | None = None, probe_timeout_s: float = 10.0) -> None:
-        super().__init__(upstream, api_key=api_key, probe_timeout_s=probe_timeout_s)
+        super().__init__(MintedIds(upstream), api_key=api_key, probe_timeout_s=probe_timeout_s)
         self._tokenize = Support.UNKNOWN
         self._kv_tokens: int | None = None
 
@@ -129,6 +136,7 @@ class TgiAdapter(MonitoredAdapter):
             load=Support.YES if any(one.name in (_RUNNING, _WAITING) for one in samples) else Support.UNKNOWN,
             # Tokens that speculation brings together are still an event each.
             tokens_per_event=1,
+            requeue_tokens=_REQUEUE_TOKENS if _is_chunking(version) else None,
         )
 
     async def read_load(self) -> EngineLoad:
@@ -151,10 +159,10 @@ class TgiAdapter(MonitoredAdapter):
         """As OpenAI, without what TGI refuses though it means nothing: `top_p` of 1, and a `stop` that is no list.
 
         Completions carry their usage unasked, so only a chat is asked for it. Raises UpstreamError(UNSUPPORTED)
-        for a generating route that TGI does not have.
+        for a generating route that TGI does not have. Its own routes' bodies are left alone.
         """
-        if request.path in _ABSENT:
-            raise UpstreamError(Failure.UNSUPPORTED, f"TGI has no {request.path}")
+        if request.path in _OWN:
+            return super().prepare(request)
         want_usage = request.want_usage and request.path == _CHAT
         return super().prepare(replace(request, body=_readable(request.body), want_usage=want_usage))
 
@@ -209,6 +217,12 @@ def is_tgi(info: Mapping[str, object]) -> bool:
     return isinstance(info.get("model_id"), str) and all(positive_int(info.get(name)) for name in limits)
 
 
+def _is_chunking(version: object) -> bool:
+    """Whether it is of version 3 or later, which chunk prompts and lend KV blocks for so many tokens at a time."""
+    major = version.partition(".")[0] if isinstance(version, str) else ""
+    return major.isdecimal() and int(major) >= 3
+
+
 def _readable(body: bytes) -> bytes:
     """A body with `top_p` of 1 or a `stop` that is a text, in TGI's words; any other comes back as it is."""
     if b'"top_p"' not in body and b'"stop"' not in body:
@@ -235,7 +249,7 @@ def _tokenize_question(body: Mapping[str, object]) -> tuple[str, dict[str, objec
     if "messages" in body:
         names = ("model", "messages", "tools", "tool_choice", "tool_prompt", "response_format")
         return "/chat_tokenize", {name: body[name] for name in names if body.get(name) is not None}
-    prompt = body.get("prompt")
+    prompt = body.get("inputs", body.get("prompt"))
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if isinstance(prompt, str):

@@ -61,6 +61,8 @@ class VllmAdapter(MonitoredAdapter):
     one-token request that has one (older versions), else UNKNOWN, and then it is sent: it does no harm.
     """
 
+    family = "vLLM"
+
     def __init__(
         self,
         upstream: Upstream,

@@ -98,7 +98,7 @@ async def test_a_request_goes_as_it_came_and_is_answered(kind: str, path: str, s
 async def test_it_is_detected(kind: str) -> None:
     """A generic server is what is left, so the emulated vLLM behind that adapter is told as vLLM."""
     async with connected(kind) as adapter:
-        url = getattr(adapter.upstream, "base_url", "")
+        url = str(getattr(getattr(adapter.upstream, "inner", adapter.upstream), "base_url", ""))
         found = await detect(url)
         assert type(found) is type(make("vllm" if kind == "openai" else kind, url))
         await found.close()

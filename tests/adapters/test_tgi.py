@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 
@@ -17,11 +18,13 @@ from adapters.contract import (
     Support,
     Unsupported,
     UpstreamError,
+    UpstreamResponse,
 )
 from adapters.openai import OpenAIAdapter
 from adapters.registry import AdapterOptions, detect, make
 from adapters.tgi import TgiAdapter
 from adapters.vllm import VllmAdapter
+from tests.adapters.fake_parts import unminted
 from tests.adapters.fake_tgi import Habits, Limits, fake_tgi
 
 from .conftest import Connect, ServeApp, until
@@ -53,6 +56,17 @@ def events(body: bytes) -> list[bytes]:
     return [one.removeprefix(b"data:").strip() for one in body.split(b"\n\n") if one]
 
 
+def texts(event: bytes) -> str:
+    """What an event of any of its routes says."""
+    if event == b"[DONE]":
+        return ""
+    told = orjson.loads(event)
+    if "token" in told:
+        return str(told["token"]["text"])
+    choice = (told["choices"] or [{}])[0]
+    return str(choice.get("text") or choice.get("delta", {}).get("content") or "")
+
+
 def server(**answers: object) -> web.Application:
     """An application with these answers, by route without its slash; a text is no JSON."""
     app = web.Application()
@@ -82,6 +96,7 @@ class TestProbe:
             tokenize=Support.YES,
             continuous_usage=Support.NO,
             tokens_per_event=1,
+            requeue_tokens=1024,
         )
         assert found.load is Support.UNKNOWN
 
@@ -150,7 +165,8 @@ class TestStreams:
             adapter = TgiAdapter(connect(tgi.url))
             body = {"messages": MESSAGES, "max_tokens": 3, "seed": 1, "stream": True}
             status, answer = await exchange(adapter, CHAT, body, want_usage=True)
-            assert (status, answer) == (200, bytes(tgi.written[0]))
+            assert (status, unminted(answer)) == (200, bytes(tgi.written[0]))
+            assert answer.count(b'"id":"chatcmpl-r-1"') == 4
             assert tgi.bodies == [b'{"stream_options":{"include_usage":true},' + orjson.dumps(body)[1:]]
         first, _, last, usage, done = (one for one in events(answer) if one != b":")
         assert orjson.loads(first)["choices"][0]["finish_reason"] is None
@@ -206,6 +222,101 @@ class TestStreams:
             response.abort()
             await until(lambda: not tgi.permits)
             assert (tgi.driver.open_sequences, tgi.disconnects) == (0, 1)
+
+    async def test_one_that_leaves_while_its_prompt_is_computed_costs_all_of_it(self, connect: Connect) -> None:
+        async with fake_tgi(limits=Limits(max_batch_prefill_tokens=10), step_s=0.01) as tgi:
+            adapter = TgiAdapter(connect(tgi.url))
+            call = adapter.prepare(outgoing(COMPLETIONS, {"prompt": "a " * 100, "stream": True, "seed": 1}))
+            response = await adapter.upstream.open(call)
+            await until(lambda: tgi.driver.model.running > 0)
+            steps = tgi.driver.model.steps
+            response.abort()
+            await until(lambda: not tgi.permits)
+            assert tgi.driver.open_sequences == 1
+            await until(lambda: not tgi.driver.open_sequences)
+            assert tgi.driver.model.steps - steps >= 9
+
+    @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/generate_stream"])
+    async def test_a_long_answer_is_queued_again(self, connect: Connect, path: str) -> None:
+        """Its tokens come as if nothing were, but it waits behind what came meanwhile."""
+        limits = Limits(requeue_tokens=4, max_batch_prefill_tokens=64)
+        prompt: dict[str, object] = {"messages": MESSAGES} if path == CHAT else {"prompt": "a b c"}
+        body = {**prompt, "max_tokens": 14, "seed": 1, "stream": True}
+        if path == "/generate_stream":
+            body = {"inputs": "a b c", "parameters": {"max_new_tokens": 14, "seed": 1}}
+        async with fake_tgi(limits=limits) as tgi, fake_tgi() as other:
+            _, answer = await exchange(TgiAdapter(connect(tgi.url)), path, body)
+            _, plain = await exchange(TgiAdapter(connect(other.url)), path, body)
+            assert (tgi.requeued, other.requeued) == (3, 0)
+            said = [[texts(event) for event in events(one)] for one in (answer, plain)]
+            assert said[0] == said[1]
+            assert len([one for one in said[0] if one]) == 14
+
+    async def test_behind_all_that_wait(self, connect: Connect) -> None:
+        limits = Limits(requeue_tokens=4, max_batch_prefill_tokens=20)
+        async with fake_tgi(limits=limits, step_s=0.005) as tgi:
+            adapter = TgiAdapter(connect(tgi.url))
+            body = {"messages": MESSAGES, "max_tokens": 12, "seed": 1, "stream": True}
+            response = await adapter.upstream.open(adapter.prepare(outgoing(CHAT, body)))
+            assert await response.read()
+            long = {"prompt": "a " * 200, "max_tokens": 1, "stream": True, "seed": 1}
+            behind = await adapter.upstream.open(adapter.prepare(outgoing(COMPLETIONS, long)))
+            ended: list[str] = []
+
+            async def read(name: str, answer: UpstreamResponse) -> None:
+                await answer.read_all(1 << 20)
+                ended.append(name)
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(read("early", response))
+                tasks.create_task(read("late", behind))
+            assert ended == ["late", "early"], (
+                "the late prompt of ten steps comes before the early one's fifth token"
+            )
+
+
+class TestOwnRoutes:
+    async def test_bodies_and_answers_pass_as_they_are(self, connect: Connect) -> None:
+        raw = b'{"inputs": "a b",  "parameters":{"max_new_tokens":3,"stop":["x"],"details":true}}'
+        async with fake_tgi() as tgi:
+            adapter = TgiAdapter(connect(tgi.url))
+            for path in ("/generate", "/generate_stream"):
+                call = adapter.prepare(OutgoingRequest(path, {}, raw, "r-1", True, want_usage=True))
+                assert (call.path, call.body) == (path, raw)
+                response = await adapter.upstream.open(call)
+                answer = await response.read_all(1 << 20)
+                assert response.status == 200
+                last = answer if path == "/generate" else events(answer)[-1]
+                details = orjson.loads(last)["details"]
+                assert (details["generated_tokens"], details["input_length"]) == (3, 2)
+            assert answer == bytes(tgi.written[0])
+            assert b"[DONE]" not in answer
+            assert adapter.stream_failure(answer) is None
+
+    async def test_overload(self, connect: Connect) -> None:
+        async with fake_tgi(habits=Habits(overloaded=True)) as tgi:
+            adapter = TgiAdapter(connect(tgi.url))
+            status, answer = await exchange(adapter, "/generate", {"inputs": "a"})
+            assert (status, adapter.response_failure(status, answer).failure) == (429, Failure.OVERLOADED)
+            status, answer = await exchange(adapter, "/generate_stream", {"inputs": "a"})
+            assert (status, answer) == (
+                200,
+                b'data: {"error":"Model is overloaded","error_type":"overloaded"}\n\n',
+            )
+            failure = adapter.stream_failure(answer)
+            assert failure is not None
+            assert (failure.failure, failure.status) == (Failure.OVERLOADED, 429)
+
+    @pytest.mark.parametrize("kind", ["vllm", "sglang", "openai"])
+    @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+    def test_other_engines_mean_something_else_by_them(self, kind: str, path: str) -> None:
+        with pytest.raises(UpstreamError, match=path) as caught:
+            make(kind, "http://h").prepare(outgoing(path, {}))
+        assert caught.value.failure is Failure.UNSUPPORTED
+
+    async def test_counting_tokens(self, connect: Connect) -> None:
+        async with fake_tgi() as tgi:
+            assert await TgiAdapter(connect(tgi.url)).count_tokens({"inputs": "a b c"}) == 3
 
 
 class TestPrepare:

@@ -13,6 +13,7 @@ import pytest
 from adapters.emulated import EmulatedEngine, EmulatedSettings, serving
 from gateway.app import Gateway
 from gateway.config import BackendSettings, Settings
+from tests.adapters.fake_parts import unminted
 from tests.adapters.fake_tgi import FakeTgi, Habits, fake_tgi
 from tests.gateway.rig import MODEL, PROFILE, Client, client, gateway, idle, settled, until
 from tiergate_engine.model import EngineConfig
@@ -54,7 +55,7 @@ def _counted(made: Gateway) -> int:
 
 
 @pytest.mark.parametrize("habits", [Habits(), Habits(spaced=False), Habits(comments=True), Habits(done=False)])
-async def test_a_chat_passes_byte_for_byte_but_for_the_usage_that_we_asked_for(habits: Habits) -> None:
+async def test_a_chat_passes_byte_for_byte_but_for_its_id_and_the_usage_that_we_asked_for(habits: Habits) -> None:
     async with _alone(habits) as (tgi, made, ask):
         for options in (None, {"include_usage": True}):
             before = _counted(made)
@@ -63,7 +64,10 @@ async def test_a_chat_passes_byte_for_byte_but_for_the_usage_that_we_asked_for(h
             asked = [event for event in written if b'"choices":[]' in event]
             assert len(asked) == 1
             assert status == 200
-            assert body == b"".join(event for event in written if options or event not in asked)
+            assert unminted(body) == b"".join(event for event in written if options or event not in asked)
+            ids = {orjson.loads(event.partition(b"data:")[2])["id"] for event in _events(body) if b'"id"' in event}
+            assert len(ids) == 1, "one of ours in every event"
+            assert ids.pop().startswith("chatcmpl-")
             assert body.endswith(_DONE) is habits.done
             await settled(made)
             assert _counted(made) == before + 5
@@ -76,17 +80,17 @@ async def test_completions_of_several_prompts_are_counted_by_the_usage_of_each(s
     async with _alone(Habits(spaced=spaced)) as (tgi, made, ask):
         body = {"model": MODEL, "prompt": ["a b", "c", "d"], "max_tokens": 4, "seed": 1, "stream": True}
         async with ask.session.post(f"{ask.base}/v1/completions", json=body) as answer:
-            assert (answer.status, await answer.read()) == (200, bytes(tgi.written[0]))
+            assert (answer.status, unminted(await answer.read())) == (200, bytes(tgi.written[0]))
         await settled(made)
         assert _counted(made) == 12
         assert made.shell.counts.finished == 1
 
 
-async def test_a_whole_answer_passes_unchanged() -> None:
+async def test_a_whole_answer_passes_unchanged_but_for_its_id() -> None:
     async with _alone() as (_, made, ask):
         status, body = await ask.read_chat(stream=False, max_tokens=3, seed=1)
         answer = orjson.loads(body)
-        assert (status, answer["id"], answer["usage"]["completion_tokens"]) == (200, "", 3)
+        assert (status, answer["id"][:9], answer["usage"]["completion_tokens"]) == (200, "chatcmpl-", 3)
         await settled(made)
         assert _counted(made) == 3
 
@@ -122,7 +126,7 @@ async def test_when_all_are_overloaded_the_client_is_told() -> None:
 async def test_an_error_in_the_middle_is_passed_on_and_counts_as_failed(spaced: bool) -> None:
     async with _alone(Habits(fails_after=2, spaced=spaced)) as (tgi, made, ask):
         status, body = await ask.read_chat(max_tokens=9, seed=1)
-        assert (status, body) == (200, bytes(tgi.written[0]))
+        assert (status, unminted(body)) == (200, bytes(tgi.written[0]))
         error = orjson.loads(_events(body)[-2].removeprefix(b"data:"))["error"]
         assert error["message"].startswith("Request failed during generation")
         await settled(made)
