@@ -79,6 +79,8 @@ class StepPlan(NamedTuple):
         order: indices of the prefills as they are served, relegated ones last.
         chunks: tokens of each prefill, aligned with the prefills given.
         tokens: the whole step's token budget: its decodes and its chunks.
+        relegated: indices of the prefills that were given up in this step. Their promise holds no more: from now on
+            they are `Prefill.relegated`, and decodes without a promise behind it.
     """
 
     within_s: float
@@ -86,6 +88,7 @@ class StepPlan(NamedTuple):
     order: tuple[int, ...]
     chunks: list[int]
     tokens: int
+    relegated: tuple[int, ...] = ()
 
 
 class Room(NamedTuple):
@@ -138,8 +141,9 @@ def plan_step(
        engine to itself comes last (after QoServe's eager relegation, ASPLOS 2026).
     """
     base = Step.decode(len(decodes), sum([one.kv_tokens for one in decodes]))
-    asks, ranks = served_order(prefills, len(decodes), limits.tokens, rules, step_time)
-    room = room_for(decodes, base, demand_of(asks, ranks, limits.tokens), limits, rules, step_time)
+    asks, ranks = served_order(prefills, len(decodes), limits, rules, step_time)
+    demand = demand_of(asks, ranks, len(decodes), limits)
+    room = room_for(decodes, base, demand, limits, rules, step_time)
     queue = [asks[index] for index in ranks]
     shares = fill(room.served, queue, inner_limits(limits, room, rules), step_time=step_time)
     if not room.served.tokens and not any(shares):
@@ -148,30 +152,36 @@ def plan_step(
     chunks = [0] * len(asks)
     for index, chunk in zip(ranks, shares, strict=True):
         chunks[index] = chunk
-    return StepPlan(room.within_s, room.skipped, tuple(ranks), chunks, room.served.decode_seqs + sum(chunks))
+    lost = [i for i, one in enumerate(asks) if one.relegated and not prefills[i].relegated]
+    tokens = room.served.decode_seqs + sum(chunks)
+    return StepPlan(room.within_s, room.skipped, tuple(ranks), chunks, tokens, tuple(lost))
 
 
 def served_order(
-    prefills: Sequence[Prefill], decode_seqs: int, tokens: int, rules: Rules, step_time: StepTime
+    prefills: Sequence[Prefill], decode_seqs: int, limits: StepLimits, rules: Rules, step_time: StepTime
 ) -> tuple[Sequence[Prefill], Sequence[int]]:
     """The prompts with those relegated that are late anyway (`is_late`), and the order in which they are served.
 
-    Only as many are looked at as can get any of the step's `tokens` behind its decodes.
+    Only as many are looked at as the limits give a slot and a token behind the decodes.
     """
     order = Order.DEADLINE if rules.deadline_order else Order.GIVEN
     ranks = ranked(prefills, order)
     if not rules.relegate:
         return prefills, ranks
     late: list[int] = []
-    wanted = tokens - decode_seqs
+    wanted = limits.tokens - decode_seqs
+    slots = math.inf if limits.new_seqs is None else limits.new_seqs
     for index in ranks:
         one = prefills[index]
         if wanted <= 0 or one.relegated:
             break
+        if not one.admitted and slots <= 0:
+            continue
         if one.remaining_s < math.inf and is_late(one, rules, step_time):
             late.append(index)
         else:
             wanted -= one.tokens
+            slots -= not one.admitted
     if not late:
         return prefills, ranks
     asks = list(prefills)
@@ -189,14 +199,20 @@ def is_late(prefill: Prefill, rules: Rules, step_time: StepTime) -> bool:
     return seconds(whole, rules, step_time) > prefill.remaining_s
 
 
-def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], tokens: int) -> Demand:
-    """What prompts ask of the next step, in the order in which they are served, as far as `tokens` go."""
+def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], decode_seqs: int, limits: StepLimits) -> Demand:
+    """What prompts ask of the next step, in the order in which they are served, as far as the limits go."""
     rate, ahead, context, urgent = 0.0, 0, 0, 0
     seqs = kv_tokens = 0
+    tokens = limits.tokens - decode_seqs
+    slots = math.inf if limits.new_seqs is None else limits.new_seqs
     for index in ranks:
         if ahead >= tokens:
             break
         one = asks[index]
+        if not one.admitted:
+            if slots <= 0:
+                continue
+            slots -= 1
         if not ahead:
             context = one.context_tokens
         ahead += one.tokens

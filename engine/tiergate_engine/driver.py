@@ -73,8 +73,8 @@ class Driver:
         """Plan the next step for the decodes among `running` and the prompts `sequences`, which ask for `asks`."""
         decodes, rules = self._decodes, self.rules
         base = Step.decode(decodes.seqs, decodes.kv_tokens + decodes.seqs)  # with the token being computed
-        asks, ranks = served_order(asks, base.decode_seqs, limits.tokens, rules, self._step_time)
-        demand = demand_of(asks, ranks, limits.tokens)
+        asks, ranks = served_order(asks, base.decode_seqs, limits, rules, self._step_time)
+        demand = demand_of(asks, ranks, base.decode_seqs, limits)
         for sequence, ask in zip(sequences, asks, strict=True):
             sequence.relegated |= ask.relegated
         room, left_out = self._room(running, base, demand, limits, now_s)
@@ -113,7 +113,7 @@ class Driver:
         steps = self._decodes.steps
         live = [sequence for sequence in running if sequence.state is State.DECODE]
         decodes = [
-            Decode(self._decodes.kv_of(one) + 1, self._due.slack_s(one, now_s, steps), one.spec.pace_s)
+            Decode(self._decodes.kv_of(one) + 1, self._due.slack_s(one, now_s, steps), self._due.pace_s(one))
             for one in live
         ]
         room = room_for(decodes, base, demand, limits, self.rules, self._step_time)

@@ -50,6 +50,10 @@ class DueTimes:
             return math.inf
         return sequence.due_key_s + (steps * sequence.spec.pace_s - now_s)
 
+    def pace_s(self, sequence: LiveSequence) -> float:
+        """Its promised pace; infinite without a promise."""
+        return math.inf if sequence.due_key_s == math.inf else sequence.spec.pace_s
+
     def within_s(self, now_s: float, steps: int, decode_s: float, from_slack: bool) -> float:
         """The least bound of any decode: its slack, or its pace if that is below `decode_s`; or paces only."""
         least_s = math.inf
