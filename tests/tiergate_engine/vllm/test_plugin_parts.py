@@ -1,0 +1,239 @@
+"""The parts of the vLLM plug-in that need no vLLM: queue, promises, facts, and what is set for a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiergate_engine.control import ControlError, Mode, Orders, StepFact
+from tiergate_engine.drive import Rules
+from tiergate_engine.step import Step
+from tiergate_engine.steptime import RooflineStepTime
+from tiergate_engine.vllm.facts import FactsRing
+from tiergate_engine.vllm.pilot import Pilot, Situation, Turn
+from tiergate_engine.vllm.promises import NO_PROMISE, Due, due_of, next_due_s
+from tiergate_engine.vllm.versions import plain_version
+from tiergate_engine.vllm.waiting import DeadlineQueue
+
+STEP_TIME = RooflineStepTime(c0_s=0.005, per_token_s=20e-6, per_seq_s=50e-6)
+DRIVEN = Orders(Mode.DRIVEN, STEP_TIME, Rules())
+
+
+@dataclass(eq=False)
+class FakeRequest:
+    """A stand-in for vLLM's request, with the attributes that the plug-in reads."""
+
+    request_id: str = "r"
+    num_prompt_tokens: int = 100
+    num_computed_tokens: int = 0
+    outputs: int = 0
+    tiergate_due: Due = NO_PROMISE
+    priority: int = 0
+    arrival_time: float = 0.0
+    max_tokens: int = 1000
+    num_output_placeholders: int = 0
+    is_prefill_chunk: bool = False
+    spec_token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.outputs
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.outputs
+
+
+def decode(due: Due = NO_PROMISE, outputs: int = 1, **more: int) -> FakeRequest:
+    """One that runs and wants token `outputs`."""
+    computed = 100 + outputs - 1 + more.get("num_output_placeholders", 0)
+    return FakeRequest(num_computed_tokens=computed, outputs=outputs, tiergate_due=due, **more)  # type: ignore[arg-type]
+
+
+def pilot(orders: Orders = DRIVEN) -> Pilot:
+    made = Pilot(FactsRing("run"))
+    made.order(orders, 0.0)
+    return made
+
+
+def turn_of(
+    running: list[FakeRequest], queued: list[FakeRequest], orders: Orders = DRIVEN, free_blocks: int | None = None
+) -> Turn:
+    situation = Situation(running, [], DeadlineQueue(queued), 2048, 64, free_blocks=free_blocks)
+    return pilot(orders).turn(situation, 0.0)
+
+
+class TestQueue:
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from([-1.0, 0.5, 2.0, math.inf]), st.booleans(), st.integers(0, 2), st.integers(0, 3)
+            ),
+            max_size=12,
+        ),
+        st.data(),
+    )
+    def test_it_is_sorted_whatever_comes_and_goes(
+        self, wants: list[tuple[float, bool, int, int]], data: st.DataObject
+    ) -> None:
+        queue = DeadlineQueue()
+        inside: list[FakeRequest] = []
+        for due_s, relegated, priority, arrival in wants:
+            one = FakeRequest(
+                tiergate_due=Due(due_s, 0.1, relegated), priority=priority, arrival_time=float(arrival)
+            )
+            queue.add_request(one)
+            inside.append(one)
+            if data.draw(st.booleans()):
+                gone = data.draw(st.sampled_from(inside))
+                queue.remove_requests([gone, FakeRequest()])
+                inside.remove(gone)
+        inside.sort(
+            key=lambda one: (one.tiergate_due.relegated, one.tiergate_due.first_s, one.priority, one.arrival_time)
+        )
+        assert list(queue) == inside
+        assert (len(queue), bool(queue)) == (len(inside), bool(inside))
+        assert queue.first(3) == inside[:3]
+        while queue:
+            assert queue.peek_request() is inside[0]
+            assert queue.pop_request() is inside.pop(0)
+
+    def test_what_was_answered_in_part_waits_for_its_next_token(self) -> None:
+        preempted = FakeRequest(outputs=10, tiergate_due=Due(1.0, 0.5))
+        fresh = FakeRequest(tiergate_due=Due(5.0, 0.5))
+        queue = DeadlineQueue([preempted, fresh])
+        assert list(queue) == [fresh, preempted]
+
+    def test_who_is_given_up_goes_behind_all(self) -> None:
+        first, second, free = FakeRequest(tiergate_due=Due(1.0)), FakeRequest(tiergate_due=Due(2.0)), FakeRequest()
+        queue = DeadlineQueue([first, second, free])
+        queue.give_up(first)
+        assert list(queue) == [second, free, first]
+        assert [queue.given_up(one) for one in queue] == [False, False, True]
+
+    def test_nothing_to_take(self) -> None:
+        queue = DeadlineQueue()
+        with pytest.raises(IndexError):
+            queue.pop_request()
+        with pytest.raises(IndexError):
+            queue.peek_request()
+        with pytest.raises(KeyError):
+            queue.remove_request(FakeRequest())
+
+
+class TestPromises:
+    def test_no_promise_is_due_never(self) -> None:
+        assert due_of(None, 0.0, 5.0) == due_of({"other": 1}, 0.0, 5.0) == NO_PROMISE
+        assert next_due_s(FakeRequest()) == next_due_s(FakeRequest(outputs=3)) == math.inf
+
+    def test_the_way_to_the_engine_is_taken_off(self) -> None:
+        xargs = {"tiergate_ttft_ms": 500, "tiergate_tpot_ms": 50.0}
+        assert due_of(xargs, 0.2, 10.0) == Due(10.3, 0.05)
+        assert due_of(xargs, -3.0, 10.0) == Due(10.5, 0.05)  # clocks that disagree
+        assert due_of(xargs, 1e6, 100.0) == Due(40.5, 0.05)
+
+    def test_a_promise_of_the_first_token_only(self) -> None:
+        due = due_of({"tiergate_ttft_ms": 500}, 0.0, 10.0)
+        assert due.token_s(0) == 10.5
+        assert due.token_s(1) == math.inf
+
+    def test_relegated_without_a_time(self) -> None:
+        assert due_of({"tiergate_relegated": 1}, 0.0, 10.0) == Due(relegated=True)
+
+    @pytest.mark.parametrize("xargs", [{"tiergate_ttft_ms": "soon"}, {"tiergate_tpot_ms": 0}])
+    def test_nonsense(self, xargs: dict[str, object]) -> None:
+        with pytest.raises(ControlError):
+            due_of(xargs, 0.0, 0.0)
+
+
+class TestFacts:
+    def test_the_oldest_are_forgotten_and_numbers_stay(self) -> None:
+        ring = FactsRing("run", kept=3)
+        assert ring.since(0).facts == ()
+        facts = [StepFact(Step.chunk(number + 1), 0.01, 100) for number in range(5)]
+        for fact in facts:
+            ring.add(fact)
+        assert ring.steps == 5
+        assert (ring.since(0).first, ring.since(0).facts) == (2, tuple(facts[2:]))
+        assert (ring.since(4).first, ring.since(4).facts) == (4, (facts[4],))
+        assert (ring.since(9).first, ring.since(9).facts) == (5, ())
+
+
+class TestTurns:
+    def test_a_static_chunk_stands_on_top_of_the_decodes(self) -> None:
+        drafting = decode()
+        drafting.spec_token_ids = [1, 2]
+        turn = turn_of([decode(), drafting, decode()], [], Orders(chunk_tokens=64))
+        assert (turn.budget_tokens, turn.running_cap) == (3 + 2 + 64, 64)
+
+    def test_prompts_stand_behind_decodes(self) -> None:
+        prompt = FakeRequest(is_prefill_chunk=True)
+        one, other = decode(), decode()
+        assert turn_of([one, prompt, other], [], Orders(chunk_tokens=64)).running == [one, other, prompt]
+
+    def test_without_promises_a_driven_engine_takes_all_it_can(self) -> None:
+        turn = turn_of([decode()], [FakeRequest(num_prompt_tokens=5000)])
+        assert turn.budget_tokens == 2048
+
+    def test_the_least_slack_sizes_the_chunk(self) -> None:
+        # token 1 is due at 30 ms: 5 ms + 2 decodes of 70 us leave room for 1,243 tokens
+        turn = turn_of([decode(Due(0.02, 0.01)), decode()], [FakeRequest(num_prompt_tokens=5000)])
+        assert turn.budget_tokens == pytest.approx(2 + 1243, abs=2)
+
+    def test_a_token_in_flight_is_not_waited_for_again(self) -> None:
+        """Asynchronous: token 1 is on its way, so token 2 is the next one."""
+        turn = turn_of([decode(Due(0.02, 0.01), num_output_placeholders=1)], [FakeRequest(num_prompt_tokens=5000)])
+        assert turn.budget_tokens == pytest.approx(1 + 1746, abs=2)
+
+    def test_one_whose_last_token_is_in_flight_takes_no_part(self) -> None:
+        ending = decode(outputs=4, num_output_placeholders=1, max_tokens=5)
+        turn = turn_of([ending, decode()], [], Orders(chunk_tokens=10))
+        assert turn.budget_tokens == 11
+        assert ending in turn.running
+
+    def test_an_urgent_prompt_hides_the_one_that_is_served(self) -> None:
+        serving = FakeRequest(num_prompt_tokens=5000, num_computed_tokens=900, is_prefill_chunk=True)
+        serving.tiergate_due = Due(50.0, 0.1)
+        urgent = FakeRequest(num_prompt_tokens=200, tiergate_due=Due(0.1, 0.1))
+        turn = turn_of([decode(Due(0.015, 0.01)), serving], [urgent])
+        assert turn.left_out == {serving}
+        assert turn.budget_tokens == 1 + 200
+        assert turn.running_cap == 64 - 1
+        assert serving in turn.running
+
+    def test_short_memory_hides_nobody(self) -> None:
+        """vLLM has to see whom it may preempt."""
+        loose = [decode(Due(5.0, 1.0)) for _ in range(60)]
+        tight = decode(Due(0.0, 0.0085))
+        assert turn_of([*loose, tight], [], free_blocks=1000).skipped > 0
+        short = turn_of([*loose, tight], [], free_blocks=10)
+        assert (short.skipped, short.left_out) == (0, frozenset())
+
+    def test_queued_prompts_that_must_be_late_are_passed_by(self) -> None:
+        late = FakeRequest("late", num_prompt_tokens=100, tiergate_due=Due(0.001, 0.1))
+        good = FakeRequest("good", num_prompt_tokens=100, tiergate_due=Due(1.0, 0.1))
+        queue = DeadlineQueue([late, good])
+        pilot().turn(Situation([], [], queue, 2048, 64), 0.0)
+        assert list(queue) == [good, late]
+
+    def test_a_step_is_never_planned_empty(self) -> None:
+        turn = turn_of([], [FakeRequest(num_prompt_tokens=100, tiergate_due=Due(1.0, 0.1))])
+        assert turn.budget_tokens >= 100
+        assert turn_of([decode()], []).budget_tokens >= 1
+
+    def test_orders_lapse(self) -> None:
+        flown = pilot(Orders(Mode.DRIVEN, STEP_TIME, lapse_s=2.0))
+        assert (flown.mode(1.9), flown.by_deadline(1.9), flown.commands(1.9)) == (Mode.DRIVEN, True, True)
+        assert (flown.mode(2.1), flown.by_deadline(2.1), flown.commands(2.1)) == (Mode.STOCK, False, False)
+
+    def test_nobody_spoke(self) -> None:
+        flown = Pilot(FactsRing("run"))
+        assert (flown.mode(9.0), flown.commands(9.0), flown.watching(9.0)) == (Mode.STOCK, False, False)
+
+
+def test_a_builds_mark_is_no_other_version() -> None:
+    assert plain_version("0.32.0+cpu") == "0.32.0"
