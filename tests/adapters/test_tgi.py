@@ -271,7 +271,7 @@ class TestStreams:
                 tasks.create_task(read("early", response))
                 tasks.create_task(read("late", behind))
             assert ended == ["late", "early"], (
-                "the late prompt of ten steps comes before the early one's fifth token"
+                "ten steps of the late prompt come before the early one's fifth token"
             )
 
 
