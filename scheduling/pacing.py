@@ -1,6 +1,6 @@
 """Prefill pacing: how many prompt tokens a second may be let into an engine whose chunks cannot be told.
 
-An engine with a fixed token budget puts a chunk into every step as long as a prompt is there, and each such step is
+An engine with a fixed token budget puts a chunk into every step while a prompt is there, and each such step is
 longer than one of decodes only. Who decides when prompts come decides how many steps are long. With m chunks a
 second that each take the decodes `extra_s` longer than a step without one, decodes get a token every
 
