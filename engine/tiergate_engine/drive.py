@@ -70,6 +70,48 @@ class Rules:
             raise ValueError(f"floor_tokens is {self.floor_tokens}: it must be at least 1")
 
 
+class Ruled:
+    """A step time as an engine is to reckon by its rules: with their margin and the host's time."""
+
+    __slots__ = ("base", "rules")
+
+    def __init__(self, rules: Rules, base: StepTime) -> None:
+        self.rules = rules
+        self.base = base
+
+    def seconds(self, step: Step) -> float:
+        """See `StepTime`."""
+        return self._with_host(self.base.seconds(step), step.decode_seqs + step.prefill_seqs)
+
+    def seconds_of(
+        self,
+        prefill_tokens: int,
+        prefill_seqs: int,
+        prefill_context_tokens: int,
+        prefill_attention: float,
+        decode_seqs: int,
+        decode_kv_tokens: float,
+    ) -> float:
+        """See `StepTime`."""
+        step_s = self.base.seconds_of(
+            prefill_tokens, prefill_seqs, prefill_context_tokens, prefill_attention, decode_seqs, decode_kv_tokens
+        )
+        return self._with_host(step_s, decode_seqs + prefill_seqs)
+
+    def decode_seconds(self, decode_seqs: int, decode_kv_tokens: float) -> float:
+        """See `StepTime`."""
+        return self._with_host(self.base.decode_seconds(decode_seqs, decode_kv_tokens), decode_seqs)
+
+    def chunk_tokens(self, base: Step, within_s: float, context_tokens: int, limit_tokens: int) -> int:
+        """See `StepTime`."""
+        within_s -= self._with_host(0.0, base.decode_seqs + base.prefill_seqs + 1)
+        return self.base.chunk_tokens(base, within_s / self.rules.margin, context_tokens, limit_tokens)
+
+    def _with_host(self, step_s: float, seqs: int) -> float:
+        rules = self.rules
+        return rules.margin * step_s + rules.host_step_s + rules.host_seq_s * seqs
+
+
 class StepPlan(NamedTuple):
     """What the next step should be.
 
@@ -79,8 +121,8 @@ class StepPlan(NamedTuple):
         order: indices of the prefills as they are served, relegated ones last.
         chunks: tokens of each prefill, aligned with the prefills given.
         tokens: the whole step's token budget: its decodes and its chunks.
-        relegated: indices of the prefills that were given up in this step. Their promise holds no more: from now on
-            they are `Prefill.relegated`, and decodes without a promise behind it.
+        relegated: indices of the prefills that were given up in this step. Their promise holds no more: from then
+            on they are `Prefill.relegated`, and decodes without a promise behind it.
     """
 
     within_s: float
@@ -141,11 +183,12 @@ def plan_step(
        engine to itself comes last (after QoServe's eager relegation, ASPLOS 2026).
     """
     base = Step.decode(len(decodes), sum([one.kv_tokens for one in decodes]))
-    asks, ranks = served_order(prefills, len(decodes), limits, rules, step_time)
+    ruled = Ruled(rules, step_time)
+    asks, ranks = served_order(prefills, len(decodes), limits, ruled)
     demand = demand_of(asks, ranks, len(decodes), limits)
-    room = room_for(decodes, base, demand, limits, rules, step_time)
+    room = room_for(decodes, base, demand, limits, ruled)
     queue = [asks[index] for index in ranks]
-    shares = fill(room.served, queue, inner_limits(limits, room, rules), step_time=step_time)
+    shares = fill(room.served, queue, timed(limits, room), step_time=ruled)
     if not room.served.tokens and not any(shares):
         # Nobody decodes and not even one token keeps the time: without a step the engine would never go on.
         shares = fill(room.served, queue, replace(limits, tokens=rules.floor_tokens, within_s=None))
@@ -158,15 +201,15 @@ def plan_step(
 
 
 def served_order(
-    prefills: Sequence[Prefill], decode_seqs: int, limits: StepLimits, rules: Rules, step_time: StepTime
+    prefills: Sequence[Prefill], decode_seqs: int, limits: StepLimits, ruled: Ruled
 ) -> tuple[Sequence[Prefill], Sequence[int]]:
     """The prompts with those relegated that are late anyway (`is_late`), and the order in which they are served.
 
     Only as many are looked at as the limits give a slot and a token behind the decodes.
     """
-    order = Order.DEADLINE if rules.deadline_order else Order.GIVEN
+    order = Order.DEADLINE if ruled.rules.deadline_order else Order.GIVEN
     ranks = ranked(prefills, order)
-    if not rules.relegate:
+    if not ruled.rules.relegate:
         return prefills, ranks
     late: list[int] = []
     wanted = limits.tokens - decode_seqs
@@ -177,7 +220,7 @@ def served_order(
             break
         if not one.admitted and slots <= 0:
             continue
-        if one.remaining_s < math.inf and is_late(one, rules, step_time):
+        if one.remaining_s < math.inf and is_late(one, ruled):
             late.append(index)
         else:
             wanted -= one.tokens
@@ -190,13 +233,13 @@ def served_order(
     return asks, ranked(asks, order)
 
 
-def is_late(prefill: Prefill, rules: Rules, step_time: StepTime) -> bool:
+def is_late(prefill: Prefill, ruled: Ruled) -> bool:
     """Whether its first token would be late even if it had the engine to itself. Who is late stays so: chunks take
     longer together than one of all their tokens."""
     if prefill.remaining_s <= 0.0:
         return True
     whole = Step.chunk(prefill.tokens, prefill.context_tokens)
-    return seconds(whole, rules, step_time) > prefill.remaining_s
+    return ruled.seconds(whole) > prefill.remaining_s
 
 
 def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], decode_seqs: int, limits: StepLimits) -> Demand:
@@ -224,24 +267,21 @@ def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], decode_seqs: int, l
     return Demand(rate, urgent, context, seqs, kv_tokens)
 
 
-def room_for(
-    decodes: Sequence[Decode], base: Step, demand: Demand, limits: StepLimits, rules: Rules, step_time: StepTime
-) -> Room:
+def room_for(decodes: Sequence[Decode], base: Step, demand: Demand, limits: StepLimits, ruled: Ruled) -> Room:
     """How long the next step may take, and who is left out of it. `base` is the step of all decodes."""
     most_s = math.inf if limits.within_s is None else limits.within_s
     if not decodes:
         return Room(most_s, (), base)
-    decode_s = seconds(base, rules, step_time)
+    rules = ruled.rules
+    decode_s = ruled.seconds(base)
     kv_tokens, slacks_s, paces_s = zip(*decodes, strict=True)
     within_s = min(most_s, _within_s(slacks_s, paces_s, decode_s, rules))
     if not rules.skip:
         return Room(within_s, (), base)
-    behind_s = seconds(step_behind(base, demand), rules, step_time)
-    tight_s = (
-        None if min(slacks_s) >= decode_s else least_within(slacks_s, least_step_s(rules, step_time), decode_s)
-    )
+    behind_s = ruled.seconds(step_behind(base, demand))
+    tight_s = None if min(slacks_s) >= decode_s else least_within(slacks_s, least_step_s(ruled), decode_s)
     if tight_s is not None:
-        skipped = _left_out(kv_tokens, slacks_s, base, (tight_s, behind_s), Step(), rules, step_time)
+        skipped = _left_out(kv_tokens, slacks_s, base, (tight_s, behind_s), Step(), ruled)
         if skipped:
             served = _without(base, skipped, kv_tokens)
             out = set(skipped)
@@ -249,13 +289,13 @@ def room_for(
             bound_s = _within_s(
                 [slacks_s[index] for index in rest],
                 [paces_s[index] for index in rest],
-                seconds(served, rules, step_time),
+                ruled.seconds(served),
                 rules,
             )
             return Room(min(most_s, bound_s), skipped, served)
     chunk = needed_chunk(demand, within_s, limits.tokens - base.decode_seqs)
-    if chunk is not None and seconds(base + chunk, rules, step_time) > within_s:
-        skipped = _left_out(kv_tokens, slacks_s, base, (within_s, behind_s), chunk, rules, step_time)
+    if chunk is not None and ruled.seconds(base + chunk) > within_s:
+        skipped = _left_out(kv_tokens, slacks_s, base, (within_s, behind_s), chunk, ruled)
         return Room(within_s, skipped, _without(base, skipped, kv_tokens))
     return Room(within_s, (), base)
 
@@ -287,9 +327,9 @@ def least_within(values: Sequence[float], low: float, high: float) -> float | No
     return min([value for value in values if low <= value < high], default=None)
 
 
-def least_step_s(rules: Rules, step_time: StepTime) -> float:
+def least_step_s(ruled: Ruled) -> float:
     """The shortest step there is: who has less time than that is late whatever is done."""
-    return seconds(Step.decode(1, 1), rules, step_time)
+    return ruled.seconds(Step.decode(1, 1))
 
 
 def needed_chunk(demand: Demand, within_s: float, tokens: int) -> Step | None:
@@ -308,8 +348,7 @@ def _left_out(
     base: Step,
     times_s: tuple[float, float],
     chunk: Step,
-    rules: Rules,
-    step_time: StepTime,
+    ruled: Ruled,
 ) -> tuple[int, ...]:
     """The fewest decodes, loosest first, without which a step of the others and `chunk` takes no longer than the
     first of `times_s`, while those left out have time for the second one behind it.
@@ -323,10 +362,9 @@ def _left_out(
     if len(loose) == base.decode_seqs:
         loose.pop()  # who holds all KV blocks could keep the prompts from using the step
     gone = list(accumulate([kv_tokens[index] for index in loose], initial=0))
-    host_s = rules.host_step_s + rules.host_seq_s * (base.decode_seqs + chunk.prefill_seqs)
 
     def fits(count: int) -> bool:
-        step_s = step_time.seconds_of(
+        step_s = ruled.seconds_of(
             chunk.prefill_tokens,
             chunk.prefill_seqs,
             chunk.prefill_context_tokens,
@@ -334,7 +372,7 @@ def _left_out(
             base.decode_seqs - count,
             base.decode_kv_tokens - gone[count],
         )
-        return rules.margin * step_s + host_s - rules.host_seq_s * count <= within_s
+        return step_s <= within_s
 
     low, high = 0, len(loose)  # without `low` of them it does not fit
     if not loose or not fits(high):
@@ -348,15 +386,6 @@ def _left_out(
     return tuple(loose[:high])
 
 
-def inner_limits(limits: StepLimits, room: Room, rules: Rules) -> StepLimits:
-    """The limits for `fill`, whose step time knows neither margin nor host time."""
-    if room.within_s == math.inf:
-        return limits
-    host_s = rules.host_step_s + rules.host_seq_s * (room.served.decode_seqs + 1)
-    return replace(limits, within_s=(room.within_s - host_s) / rules.margin)
-
-
-def seconds(step: Step, rules: Rules, step_time: StepTime) -> float:
-    """How long a step will take by the rules: the profile's time with its margin, and the host's."""
-    host_s = rules.host_step_s + rules.host_seq_s * (step.decode_seqs + step.prefill_seqs)
-    return rules.margin * step_time.seconds(step) + host_s
+def timed(limits: StepLimits, room: Room) -> StepLimits:
+    """The limits with the time that the room gives to the step."""
+    return limits if room.within_s == math.inf else replace(limits, within_s=room.within_s)

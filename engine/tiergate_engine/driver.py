@@ -14,21 +14,19 @@ from tiergate_engine.drive import (
     Decode,
     Demand,
     Room,
-    Rules,
+    Ruled,
     demand_of,
-    inner_limits,
     is_late,
     least_step_s,
     needed_chunk,
     room_for,
-    seconds,
     served_order,
     step_behind,
 )
 from tiergate_engine.due import DueTimes
 from tiergate_engine.fill import Prefill, StepLimits
 from tiergate_engine.lockstep import LiveSequence, Lockstep, State
-from tiergate_engine.step import Step, StepTime
+from tiergate_engine.step import Step
 from tiergate_engine.waiting import due_s
 
 
@@ -45,12 +43,11 @@ class Plan:
 class Driver:
     """Plans the steps of one engine whose decodes are `decodes`."""
 
-    def __init__(self, rules: Rules, step_time: StepTime, decodes: Lockstep) -> None:
-        self.rules = rules
-        self._step_time = step_time
+    def __init__(self, step_time: Ruled, decodes: Lockstep) -> None:
+        self.step_time = step_time
         self._decodes = decodes
         self._due = decodes.due = DueTimes()
-        self._least_s = least_step_s(rules, step_time)
+        self._least_s = least_step_s(step_time)
 
     def promised(self, sequence: LiveSequence, ask: Prefill, now_s: float) -> Prefill:
         """What a sequence asks for, with its promise."""
@@ -58,9 +55,9 @@ class Driver:
 
     def is_late(self, ask: Prefill) -> bool:
         """Whether a prompt is to be relegated: late even if it had the engine to itself."""
-        if not self.rules.relegate or ask.relegated or math.isinf(ask.remaining_s):
+        if not self.step_time.rules.relegate or ask.relegated or math.isinf(ask.remaining_s):
             return False
-        return is_late(ask, self.rules, self._step_time)
+        return is_late(ask, self.step_time)
 
     def plan(
         self,
@@ -71,41 +68,37 @@ class Driver:
         now_s: float,
     ) -> Plan:
         """Plan the next step for the decodes among `running` and the prompts `sequences`, which ask for `asks`."""
-        decodes, rules = self._decodes, self.rules
+        decodes = self._decodes
         base = Step.decode(decodes.seqs, decodes.kv_tokens + decodes.seqs)  # with the token being computed
-        asks, ranks = served_order(asks, base.decode_seqs, limits, rules, self._step_time)
+        asks, ranks = served_order(asks, base.decode_seqs, limits, self.step_time)
         demand = demand_of(asks, ranks, base.decode_seqs, limits)
         for sequence, ask in zip(sequences, asks, strict=True):
             sequence.relegated |= ask.relegated
         room, left_out = self._room(running, base, demand, limits, now_s)
         return Plan([sequences[index] for index in ranks], [asks[index] for index in ranks], room, left_out)
 
-    def limits(self, plan: Plan, limits: StepLimits) -> StepLimits:
-        """The limits of a step's prompts."""
-        return inner_limits(limits, plan.room, self.rules)
-
     def _room(
         self, running: Iterable[LiveSequence], base: Step, demand: Demand, limits: StepLimits, now_s: float
     ) -> tuple[Room, list[LiveSequence]]:
         """`drive.room_for`, which is only asked when somebody may have to be left out."""
-        rules, due, steps = self.rules, self._due, self._decodes.steps
+        rules, due, steps = self.step_time.rules, self._due, self._decodes.steps
         most_s = math.inf if limits.within_s is None else limits.within_s
         if not base.decode_seqs:
             return Room(most_s, (), base), []
-        decode_s = seconds(base, rules, self._step_time)
+        decode_s = self.step_time.seconds(base)
         within_s = min(most_s, due.within_s(now_s, steps, decode_s, rules.chunk_from_slack))
         if rules.skip:
             tight_s = due.least_slack_s(now_s, steps, self._least_s, decode_s)
             if tight_s is not None or self._is_short(base, demand, limits.tokens, within_s):
                 until_s = within_s if tight_s is None else min(tight_s, within_s)
-                behind_s = seconds(step_behind(base, demand), rules, self._step_time)
+                behind_s = self.step_time.seconds(step_behind(base, demand))
                 if due.most_slack_s(now_s, steps) >= until_s + behind_s:
                     return self._look_closely(running, base, demand, limits, now_s)
         return Room(within_s, (), base), []
 
     def _is_short(self, base: Step, demand: Demand, tokens: int, within_s: float) -> bool:
         chunk = needed_chunk(demand, within_s, tokens - base.decode_seqs)
-        return chunk is not None and seconds(base + chunk, self.rules, self._step_time) > within_s
+        return chunk is not None and self.step_time.seconds(base + chunk) > within_s
 
     def _look_closely(
         self, running: Iterable[LiveSequence], base: Step, demand: Demand, limits: StepLimits, now_s: float
@@ -116,5 +109,5 @@ class Driver:
             Decode(self._decodes.kv_of(one) + 1, self._due.slack_s(one, now_s, steps), self._due.pace_s(one))
             for one in live
         ]
-        room = room_for(decodes, base, demand, limits, self.rules, self._step_time)
+        room = room_for(decodes, base, demand, limits, self.step_time)
         return room, [live[index] for index in room.skipped]

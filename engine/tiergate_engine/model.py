@@ -27,6 +27,7 @@ from tiergate_engine.contract import (
     SequenceTooLong,
     check_size,
 )
+from tiergate_engine.drive import Ruled, timed
 from tiergate_engine.driver import Driver, Plan
 from tiergate_engine.fill import Prefill, StepLimits, fill, new_blocks
 from tiergate_engine.kv import BlockPool, CachingPool, Holder
@@ -73,7 +74,7 @@ class EngineModel:
         self._submitted = 0
         self._partial: list[LiveSequence] = []  # running, prompt unfinished
         self._decodes = Lockstep(config.block_tokens)
-        self._driver = None if config.drive is None else Driver(config.drive, step_time, self._decodes)
+        self._driver = None if config.drive is None else Driver(Ruled(config.drive, step_time), self._decodes)
         # The step in flight.
         self._in_flight: PlannedStep | None = None
         self._prefilling: list[LiveSequence] = []
@@ -358,8 +359,8 @@ class EngineModel:
                     self._queue.push(sequence)
             stay = [i for i, s in enumerate(sequences) if asks[i].admitted and s.state is State.PREFILL]
             sequences, asks = [sequences[i] for i in stay], [asks[i] for i in stay]
-        limits = driver.limits(plan, self._limits(self._pace_s))
-        return self._share(step, sequences, asks, limits, driver.rules.floor_tokens)
+        limits = timed(self._limits(self._pace_s), plan.room)
+        return self._share(step, sequences, asks, limits, driver.step_time.rules.floor_tokens)
 
     def _seat_prefills(self, step: Step, admit: bool, now_s: float) -> Step:
         """Chunks for unfinished prompts, then for the queue; the step with them."""
@@ -385,7 +386,8 @@ class EngineModel:
         if not asks:
             return step
         block = self.config.block_tokens
-        chunks = fill(step, asks, limits, step_time=self._step_time)
+        step_time = self._step_time if self._driver is None else self._driver.step_time
+        chunks = fill(step, asks, limits, step_time=step_time)
         if not step.tokens and not any(chunks):
             # Nobody decodes and not even one token keeps the pace: without a step the engine would never go on.
             chunks = fill(step, asks, replace(limits, tokens=floor_tokens, within_s=None))

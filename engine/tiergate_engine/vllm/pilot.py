@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from tiergate_engine.control import Mode, Orders, StepFact
-from tiergate_engine.drive import Decode, Rules, StepPlan, is_late, plan_step
+from tiergate_engine.drive import Decode, Ruled, Rules, StepPlan, is_late, plan_step
 from tiergate_engine.fill import Prefill, StepLimits
 from tiergate_engine.step import Step, StepTime
 from tiergate_engine.vllm.facts import FactsRing
@@ -240,8 +240,9 @@ def _heads(situation: Situation, free_s: float, rules: Rules, step_time: StepTim
     queue = situation.queue
     if isinstance(queue, DeadlineQueue):
         if rules.relegate:
+            ruled = Ruled(rules, step_time)
             for one in queue.first(HEADS):
-                if not queue.given_up(one) and is_late(_prefill(one, free_s, False), rules, step_time):
+                if not queue.given_up(one) and is_late(_prefill(one, free_s, False), ruled):
                     queue.give_up(one)
         return heads + queue.first(HEADS)
     return heads + list(islice(queue, HEADS))
