@@ -17,6 +17,7 @@ class Dialect(Enum):
     OPENAI = "openai"
     RESPONSES = "responses"  # OpenAI, with its own stream events
     ANTHROPIC = "anthropic"
+    TGI = "tgi"
 
 
 _ANTHROPIC_TYPES = {
@@ -51,6 +52,8 @@ class ApiError(Exception):
         if dialect is Dialect.ANTHROPIC:
             kind = _ANTHROPIC_TYPES.get(self.status, "api_error")
             return orjson.dumps({"type": "error", "error": {"type": kind, "message": self.message}})
+        if dialect is Dialect.TGI:
+            return orjson.dumps({"error": self.message, "error_type": self.code or self.kind})
         return orjson.dumps(
             {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
         )
@@ -59,6 +62,8 @@ class ApiError(Exception):
         """The error as the last event of a stream that had begun."""
         if dialect is Dialect.ANTHROPIC:
             return b"event: error\ndata: " + self.body(dialect) + b"\n\n"
+        if dialect is Dialect.TGI:
+            return b"data:" + self.body(dialect) + b"\n\n"
         if dialect is Dialect.RESPONSES:
             data = {"type": "error", "code": self.code, "message": self.message, "param": self.param}
             return b"event: error\ndata: " + orjson.dumps(data) + b"\n\n"

@@ -70,7 +70,9 @@ class RequestParser:
     ) -> Call:
         """A checked request. Raises InvalidRequest, naming the field, or NotFound for an unknown model."""
         fields = decode(body)
-        model = self._model(fields)
+        if route.api is Api.GENERATE:
+            fields = _own_fields(fields, route)
+        model = self._model(fields, route)
         streamed = boolean(fields, "stream")
         embeds = route.api is Api.EMBEDDINGS
         if embeds and streamed:
@@ -114,8 +116,10 @@ class RequestParser:
         )
         return Call(request, route, body, _usage_asked(fields), prompt.chars)
 
-    def _model(self, fields: Mapping[str, object]) -> str:
+    def _model(self, fields: Mapping[str, object], route: Route) -> str:
         model = fields.get("model")
+        if model is None and route.api is Api.GENERATE and len(self._models.names()) == 1:
+            (model,) = self._models.names()
         if not isinstance(model, str) or not model:
             raise InvalidRequest("model: a model name is needed", param="model", code="missing_model")
         if not self._models.serves(model):
@@ -138,6 +142,14 @@ def decode(body: bytes) -> dict[str, object]:
     return fields
 
 
+def _own_fields(fields: Mapping[str, object], route: Route) -> dict[str, object]:
+    """TGI's own body with its parameters beside the rest. Raises InvalidRequest."""
+    parameters = fields.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise InvalidRequest(f"parameters: must be an object, not {kind(parameters)}", param="parameters")
+    return {**(parameters or {}), **fields, "stream": route.streams}
+
+
 def limit_name(fields: Mapping[str, object], route: Route) -> str:
     """The token limit's field that is in use."""
     for name in route.limit_fields:
@@ -154,6 +166,8 @@ def _token_limit(fields: Mapping[str, object], route: Route) -> int | None:
 
 
 def _sequences(fields: Mapping[str, object], route: Route) -> int:
+    if route.api is Api.GENERATE:
+        return positive_int(fields.get("best_of"), "best_of", _MAX_SEQUENCES) or 1
     if route.api not in {Api.CHAT, Api.COMPLETIONS}:
         return 1
     n = positive_int(fields.get("n"), "n", _MAX_SEQUENCES) or 1

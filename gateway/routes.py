@@ -10,13 +10,17 @@ from gateway.sse import Api
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One generating endpoint. `prompt_field` is where its prompt stands, `limit_fields` its token limits."""
+    """One generating endpoint. `prompt_field` is where its prompt stands, `limit_fields` its token limits.
+
+    `streams`: whether every answer is a stream, whatever the body says.
+    """
 
     path: str
     api: Api
     dialect: Dialect
     prompt_field: str
     limit_fields: tuple[str, ...]
+    streams: bool = False
 
 
 ROUTES = (
@@ -25,4 +29,6 @@ ROUTES = (
     Route("/v1/responses", Api.RESPONSES, Dialect.RESPONSES, "input", ("max_output_tokens",)),
     Route("/v1/messages", Api.MESSAGES, Dialect.ANTHROPIC, "messages", ("max_tokens",)),
     Route("/v1/embeddings", Api.EMBEDDINGS, Dialect.OPENAI, "input", ()),
+    Route("/generate", Api.GENERATE, Dialect.TGI, "inputs", ("max_new_tokens",)),
+    Route("/generate_stream", Api.GENERATE, Dialect.TGI, "inputs", ("max_new_tokens",), streams=True),
 )

@@ -23,6 +23,7 @@ class Api(Enum):
     RESPONSES = "responses"
     MESSAGES = "messages"
     EMBEDDINGS = "embeddings"
+    GENERATE = "generate"  # TGI's own
 
 
 # A quote inside a JSON string is escaped, so `"name":` can only be a key of the event itself.
@@ -34,6 +35,7 @@ _CONTENT = {
     Api.RESPONSES: re.compile(rb'"type"\s*:\s*"response\.[a-z_.]+\.delta"'),
     Api.MESSAGES: re.compile(rb'"(?:text|thinking|partial_json|signature)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"'),
     Api.EMBEDDINGS: re.compile(rb"(?!)"),
+    Api.GENERATE: re.compile(rb'"token"\s*:\s*\{\s*"id"\s*:\s*\d+\s*,\s*"text"\s*:\s*"'),
 }
 # TGI's completions give an empty reason while they go on.
 _REASON = rb'"finish_reason"\s*:\s*"(?!")'
@@ -43,6 +45,7 @@ _FINISH = {
     Api.RESPONSES: re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"|data:\s*\[DONE\]'),
     Api.MESSAGES: re.compile(rb'"type"\s*:\s*"message_stop"'),
     Api.EMBEDDINGS: re.compile(rb"(?!)"),
+    Api.GENERATE: re.compile(rb'"generated_text"\s*:\s*"'),
 }
 _ERROR = re.compile(
     rb'(?:^|\n)event:\s*error\b|(?:^|\n)data:\s*\{\s*"(?:error"\s*:\s*(?:\{|"(?!"))|object"\s*:\s*"error")'

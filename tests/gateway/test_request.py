@@ -232,3 +232,15 @@ async def test_the_engine_is_asked_for_the_count_only_when_told_to() -> None:
             arrival_s=1.0,
         )
         assert call.request.prompt_tokens == tokens
+
+
+async def test_tgis_own_body_needs_a_model_only_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"inputs": "a b", "parameters": {"max_new_tokens": 7, "best_of": 2}}
+    for path, streamed in (("/generate", False), ("/generate_stream", True)):
+        request = (await _parse(body, path=path)).request
+        assert (request.model, request.max_output_tokens, request.sequences) == ("m", 7, 2)
+        assert request.streamed is streamed
+    monkeypatch.setattr(_Models, "names", lambda _: ["m", "n"])
+    with pytest.raises(ApiError, match="model"):
+        await _parse(body, path="/generate")
+    assert (await _parse({**body, "model": "m"}, path="/generate")).request.model == "m"

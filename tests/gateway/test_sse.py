@@ -96,6 +96,19 @@ def test_counts_come_from_continuous_usage_when_events_carry_more() -> None:
     assert scanner.tokens == 8
 
 
+_OWN = b'data:{"index":1,"token":{"id":5,"text":" a \\"token\\":{","logprob":-0.1},"generated_text":null}\n\n'
+_OWN_LAST = b'data: {"index":2,"token":{"id":5,"text":" b","logprob":-0.1},"generated_text":" a b"}\n\n'
+
+
+def test_tgis_own_events() -> None:
+    scanner = SseScanner(Api.GENERATE)
+    assert scanner.feed(_OWN) == _OWN
+    assert (scanner.tokens, scanner.opened, scanner.complete) == (1, True, False)
+    scanner.feed(_OWN_LAST)
+    assert (scanner.tokens, scanner.complete, scanner.plain) == (2, True, True)
+    assert scanner.text_bytes == len(b' a \\"token\\":{ b')
+
+
 def _completion(choice: int, text: str, reason: str, usage: tuple[int, int] | None = None) -> bytes:
     event = b'data:{"choices":[{"index":%d,"text":"%b","finish_reason":"%b"}]' % (
         choice,

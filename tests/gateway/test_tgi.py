@@ -231,3 +231,78 @@ async def test_routes_that_only_vllm_has_are_served_by_it() -> None:
     async with _alone() as (_, _, ask), ask.session.post(f"{ask.base}/v1/messages", json=body) as answer:
         assert answer.status == 404
         assert "TGI has no /v1/messages" in await answer.text()
+
+
+_OWN = {"inputs": "a b c", "parameters": {"max_new_tokens": 5, "seed": 1}}
+
+
+@pytest.mark.parametrize("habits", [Habits(), Habits(spaced=False), Habits(comments=True)])
+async def test_its_own_routes_pass_unchanged(habits: Habits) -> None:
+    async with _alone(habits) as (tgi, made, ask):
+        async with ask.session.post(f"{ask.base}/generate_stream", json=_OWN) as answer:
+            assert (answer.status, await answer.read()) == (200, bytes(tgi.written[0]))
+        await settled(made)
+        assert _counted(made) == 5
+        async with ask.session.post(f"{ask.base}/generate", json=_OWN) as answer:
+            told = orjson.loads(await answer.read())
+            assert (answer.status, len(told["generated_text"].split())) == (200, 5)
+            assert answer.headers["x-tiergate-backend"] == "tgi"
+        await settled(made)
+        assert made.shell.counts.finished == 2
+
+
+async def test_an_overload_on_its_own_routes_goes_to_another_one() -> None:
+    async with fake_tgi(MODEL, habits=Habits(overloaded=True)) as full, fake_tgi(MODEL) as free:
+        settings = _settings({"full": full.url, "free": free.url}, policy={"name": "round_robin"})
+        async with gateway(settings) as made, client(made) as ask:
+            for path in ("/generate", "/generate_stream") * 2:
+                async with ask.session.post(ask.base + path, json=_OWN) as answer:
+                    text = await answer.read()
+                    assert (answer.status, answer.headers["x-tiergate-backend"]) == (200, "free"), text
+            assert full.refused > 0
+            await settled(made)
+    async with _alone(Habits(overloaded=True)) as (_, made, ask):
+        for path in ("/generate", "/generate_stream"):
+            async with ask.session.post(ask.base + path, json=_OWN) as answer:
+                told = orjson.loads(await answer.read())
+                assert (answer.status, told["error_type"]) == (502, "overloaded")
+
+
+async def test_an_error_in_the_middle_of_its_own_stream() -> None:
+    async with _alone(Habits(cut_after=2)) as (_, made, ask):
+        async with ask.session.post(f"{ask.base}/generate_stream", json=_OWN) as answer:
+            *_, last = _events(await answer.read())
+        assert orjson.loads(last.removeprefix(b"data:"))["error_type"] == "broken"
+        await settled(made)
+        assert made.shell.counts.failed == 1
+
+
+async def test_its_own_routes_go_to_it_alone() -> None:
+    async with _emulated_vllm() as (_, url), fake_tgi(MODEL) as tgi:
+        settings = _settings({"vllm": url, "tgi": tgi.url}, policy={"name": "round_robin"})
+        async with gateway(settings) as made, client(made) as ask:
+            for _ in range(4):
+                async with ask.session.post(f"{ask.base}/generate", json=_OWN) as answer:
+                    assert (answer.status, answer.headers["x-tiergate-backend"]) == (200, "tgi")
+            await settled(made)
+            assert idle(made)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"inputs": "a", "parameters": 7}, "parameters"),
+        ({"inputs": 7}, "inputs"),
+        ({}, "inputs"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "max_new_tokens"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 10**6}}, "max_new_tokens"),
+        ({"inputs": "a", "parameters": {"best_of": "x"}}, "best_of"),
+    ],
+)
+async def test_its_own_bodies_are_checked(body: dict[str, object], field: str) -> None:
+    async with _alone() as (tgi, _, ask):
+        async with ask.session.post(f"{ask.base}/generate", json=body) as answer:
+            told = orjson.loads(await answer.read())
+            assert (answer.status, told["error_type"]) == (400, "invalid_request_error")
+            assert field in told["error"]
+        assert tgi.seen == []
