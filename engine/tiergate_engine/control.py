@@ -361,9 +361,9 @@ def _dump(given: Mapping[str, object]) -> str:
     return json.dumps(given, separators=(",", ":"), allow_nan=False)
 
 
-def _plain(value: bool | float) -> bool | float:
+def _plain(value: bool | float | None) -> bool | float | None:
     """Whole numbers as 1.0, so that equal values give equal text."""
-    return value if isinstance(value, bool) else float(value)
+    return value if value is None or isinstance(value, bool) else float(value)
 
 
 def _check_version(given: Mapping[str, object]) -> None:
@@ -387,7 +387,7 @@ def _rules(value: object, where: str) -> Rules:
     if value is None:
         return Rules()
     given = as_object(value, where)
-    default = Rules()
+    default, longest_s = Rules(), given.get("longest_s")
 
     def number(name: str, otherwise: float) -> float:
         return as_number(given.get(name, otherwise), f"{where}.{name}")
@@ -405,6 +405,7 @@ def _rules(value: object, where: str) -> Rules:
             flag("skip", default.skip),
             flag("relegate", default.relegate),
             as_count(given.get("floor_tokens", default.floor_tokens), f"{where}.floor_tokens", 1),
+            None if longest_s is None else as_number(longest_s, f"{where}.longest_s"),
         )
     except ControlError:
         raise

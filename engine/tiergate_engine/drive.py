@@ -45,6 +45,8 @@ class Rules:
         skip: decodes with time to spare may be left out of a step when that makes a tight token on time.
         relegate: a prompt that can no longer be on time is served after those that can.
         floor_tokens: prompt tokens of a step without decodes, when no prompt would otherwise get any.
+        longest_s: no chunk makes a step longer than this, whatever slack there is, so that a newcomer soon has its
+            turn; None: no such limit.
 
     Raises:
         ValueError: a number is out of range.
@@ -58,6 +60,7 @@ class Rules:
     skip: bool = True
     relegate: bool = True
     floor_tokens: int = 16
+    longest_s: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.margin) and self.margin >= 1.0):
@@ -68,6 +71,8 @@ class Rules:
                 raise ValueError(f"{name} is {value!r}: it is a finite number of seconds, at least 0")
         if self.floor_tokens < 1:
             raise ValueError(f"floor_tokens is {self.floor_tokens}: it must be at least 1")
+        if self.longest_s is not None and not (math.isfinite(self.longest_s) and self.longest_s > 0.0):
+            raise ValueError(f"longest_s is {self.longest_s!r}: it is a positive number of seconds or None")
 
 
 class Ruled:
@@ -174,8 +179,9 @@ def plan_step(
 ) -> StepPlan:
     """Plan the next step. `limits` are the engine's own; a `within_s` in them holds beside the slack's.
 
-    1. The step may last until the first decode's token is due (`chunk_from_slack`). A decode that would be late
-       even in a step without chunks binds it with its pace only.
+    1. The step may last until the first token on board is due (`chunk_from_slack`): a decode's next one, or the
+       first one of a prompt that ends in it. A decode that would be late even in a step without chunks binds it
+       with its pace only.
     2. When the step of all decodes is longer than the slack of one that a shorter step would serve in time, or
        when it leaves too little to the prompts to make them on time, decodes are left out, the loosest first: only
        as many as are needed, only if it helps, and only such as are still on time in the step behind this one.
@@ -186,7 +192,7 @@ def plan_step(
     ruled = Ruled(rules, step_time)
     asks, ranks = served_order(prefills, len(decodes), limits, ruled)
     demand = demand_of(asks, ranks, len(decodes), limits)
-    room = room_for(decodes, base, demand, limits, ruled)
+    room = until_first_due(room_for(decodes, base, demand, limits, ruled), asks, ranks, limits, ruled)
     queue = [asks[index] for index in ranks]
     shares = fill(room.served, queue, timed(limits, room), step_time=ruled)
     if not room.served.tokens and not any(shares):
@@ -269,7 +275,7 @@ def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], decode_seqs: int, l
 
 def room_for(decodes: Sequence[Decode], base: Step, demand: Demand, limits: StepLimits, ruled: Ruled) -> Room:
     """How long the next step may take, and who is left out of it. `base` is the step of all decodes."""
-    most_s = math.inf if limits.within_s is None else limits.within_s
+    most_s = longest_s(limits, ruled.rules)
     if not decodes:
         return Room(most_s, (), base)
     rules = ruled.rules
@@ -298,6 +304,38 @@ def room_for(decodes: Sequence[Decode], base: Step, demand: Demand, limits: Step
         skipped = _left_out(kv_tokens, slacks_s, base, (within_s, behind_s), chunk, ruled)
         return Room(within_s, skipped, _without(base, skipped, kv_tokens))
     return Room(within_s, (), base)
+
+
+def longest_s(limits: StepLimits, rules: Rules) -> float:
+    """How long a step may take whoever is on board."""
+    limit_s = math.inf if limits.within_s is None else limits.within_s
+    return limit_s if rules.longest_s is None else min(limit_s, rules.longest_s)
+
+
+def until_first_due(
+    room: Room, asks: Sequence[Prefill], ranks: Sequence[int], limits: StepLimits, ruled: Ruled
+) -> Room:
+    """The room, but no longer than until the first token of a prompt is due that can end in this step: what comes
+    behind it in the step would make it late."""
+    if not ruled.rules.chunk_from_slack:
+        return room
+    step, within_s = room.served, room.within_s
+    slots = math.inf if limits.new_seqs is None else limits.new_seqs
+    for index in ranks:
+        one = asks[index]
+        if one.relegated or one.remaining_s >= within_s or step.tokens + one.tokens > limits.tokens:
+            break
+        if not one.admitted:
+            if slots <= 0:
+                continue
+            slots -= 1
+        step += Step.chunk(one.tokens, one.context_tokens)
+        step_s = ruled.seconds(step)
+        if step_s > within_s:
+            break
+        if step_s <= one.remaining_s:
+            within_s = one.remaining_s
+    return room if within_s == room.within_s else room._replace(within_s=within_s)
 
 
 def _without(base: Step, skipped: Sequence[int], kv_tokens: Sequence[int]) -> Step:

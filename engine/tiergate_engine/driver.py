@@ -18,10 +18,12 @@ from tiergate_engine.drive import (
     demand_of,
     is_late,
     least_step_s,
+    longest_s,
     needed_chunk,
     room_for,
     served_order,
     step_behind,
+    until_first_due,
 )
 from tiergate_engine.due import DueTimes
 from tiergate_engine.fill import Prefill, StepLimits
@@ -75,6 +77,7 @@ class Driver:
         for sequence, ask in zip(sequences, asks, strict=True):
             sequence.relegated |= ask.relegated
         room, left_out = self._room(running, base, demand, limits, now_s)
+        room = until_first_due(room, asks, ranks, limits, self.step_time)
         return Plan([sequences[index] for index in ranks], [asks[index] for index in ranks], room, left_out)
 
     def _room(
@@ -82,7 +85,7 @@ class Driver:
     ) -> tuple[Room, list[LiveSequence]]:
         """`drive.room_for`, which is only asked when somebody may have to be left out."""
         rules, due, steps = self.step_time.rules, self._due, self._decodes.steps
-        most_s = math.inf if limits.within_s is None else limits.within_s
+        most_s = longest_s(limits, rules)
         if not base.decode_seqs:
             return Room(most_s, (), base), []
         decode_s = self.step_time.seconds(base)

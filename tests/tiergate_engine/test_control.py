@@ -28,7 +28,14 @@ from tiergate_engine.wire import step_time_from_json, step_time_to_json
 
 ROOFLINE = RooflineStepTime(c0_s=0.01, weights_s=0.002, per_token_s=1e-5, sharpness=4.0, per_kv_s=1e-7)
 TABLE = profiles.load("h200-llama-3.1-8b-bf16").step_time
-DRIVEN = Orders(Mode.DRIVEN, ScaledStepTime(TABLE, 1.1, 1.2), Rules(margin=1.1, skip=False), 512, 64, lapse_s=3.0)
+DRIVEN = Orders(
+    Mode.DRIVEN,
+    ScaledStepTime(TABLE, 1.1, 1.2),
+    Rules(margin=1.1, skip=False, longest_s=0.25),
+    512,
+    64,
+    lapse_s=3.0,
+)
 STATE = EngineState(
     run_id="a1",
     engine="vllm",
@@ -178,6 +185,7 @@ def test_what_is_no_document_is_refused(read: Callable[[str], object], text: str
         ({"rules": {"margin": 0.5}}, "rules: margin"),
         ({"rules": {"skip": 1}}, "rules.skip must be true or false"),
         ({"rules": {"floor_tokens": 0}}, "rules.floor_tokens"),
+        ({"rules": {"longest_s": 0}}, "rules: longest_s"),
     ],
 )
 def test_orders_that_cannot_be_obeyed_are_refused(fields: dict[str, object], message: str) -> None:

@@ -80,6 +80,27 @@ def test_a_limit_from_outside_holds_beside_the_slack() -> None:
     assert plan(decodes, [Prefill(5000)], limits=replace(LIMITS, within_s=0.5)).within_s == 0.25
 
 
+def test_a_prompt_that_ends_in_the_step_is_not_made_late_by_those_behind_it() -> None:
+    prefills = [Prefill(3000, remaining_s=2.0), Prefill(100, remaining_s=0.05)]
+    planned = plan([], prefills)
+    assert planned.within_s == 0.05
+    assert planned.chunks[1] == 100
+    assert 0 < planned.chunks[0] < 3000
+    assert STEP_TIME.seconds(step_of([], prefills, planned)) <= 0.05
+    # one that has no time for it in this step, or that was given up, binds nobody
+    assert plan([], [Prefill(3000, remaining_s=0.1)], replace(RULES, relegate=False)).within_s == math.inf
+    assert plan([], [Prefill(3000, remaining_s=0.1)]).within_s == math.inf
+    assert plan([], prefills, replace(RULES, chunk_from_slack=False)).within_s == math.inf
+    assert plan([], prefills, limits=replace(LIMITS, new_seqs=0)).within_s == math.inf
+
+
+def test_no_chunk_makes_a_step_longer_than_the_longest() -> None:
+    rules = replace(RULES, longest_s=0.06)
+    assert plan([], [Prefill(3000)], rules).within_s == 0.06
+    assert plan([Decode(100, 0.25, 0.02)], [Prefill(3000)], rules).within_s == 0.06
+    assert plan([Decode(100, 0.05, 0.02)], [Prefill(3000)], rules).within_s == 0.05
+
+
 def test_margin_and_host_time_come_out_of_the_chunk() -> None:
     decodes = [Decode(100, 0.1, 0.02)]
     careful = replace(RULES, margin=1.2, host_step_s=0.01, host_seq_s=0.001)
@@ -189,7 +210,8 @@ def test_a_prompt_that_cannot_be_on_time_comes_last() -> None:
     planned = plan([], prefills)
     assert planned.order == (1, 0)
     assert planned.relegated == (0,)
-    assert planned.chunks == [3096, 1000]
+    assert planned.chunks[1] == 1000
+    assert planned.chunks[0] > 0
     kept = plan([], prefills, replace(RULES, relegate=False))
     assert kept.order == (0, 1)
     assert not kept.relegated
@@ -249,7 +271,6 @@ def test_what_every_plan_keeps(decodes: list[Decode], prefills: list[Prefill], r
     assert sorted(planned.order) == list(range(len(prefills)))
     assert all(0 <= chunk <= one.tokens for chunk, one in zip(planned.chunks, prefills, strict=True))
     if any(planned.chunks) and left:
-        # a chunk never makes a step longer than it may be
         assert duration_s <= planned.within_s * (1 + 1e-9)
         if rules.chunk_from_slack:
             # so it makes nobody late who would not be late without it
@@ -277,7 +298,14 @@ def test_what_every_plan_keeps(decodes: list[Decode], prefills: list[Prefill], r
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("margin", 0.9), ("margin", math.inf), ("host_step_s", -0.1), ("host_seq_s", math.nan), ("floor_tokens", 0)],
+    [
+        ("margin", 0.9),
+        ("margin", math.inf),
+        ("host_step_s", -0.1),
+        ("host_seq_s", math.nan),
+        ("floor_tokens", 0),
+        ("longest_s", 0.0),
+    ],
 )
 def test_rules_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
