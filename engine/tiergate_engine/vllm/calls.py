@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 
-from tiergate_engine.control import EngineState, Mode, Orders, SchedulerKind, StepFacts
+from tiergate_engine.control import EngineState, Mode, Orders, SchedulerKind, StepFacts, digest_of
 from tiergate_engine.vllm.versions import UNTESTED_NOTE, plain_version
 from tiergate_engine.wire import as_count, document, required
 
@@ -35,7 +35,7 @@ def engine_call(core: EngineCore, verb: str, text: str) -> str:
     if pilot is None:
         return _undriven(core).to_json()
     if orders is not None:
-        pilot.order(orders, now_s)
+        pilot.order(orders, now_s, digest_of(text))
     state: EngineState = scheduler.tiergate_state()
     return state.to_json()
 

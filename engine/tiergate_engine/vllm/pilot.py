@@ -85,6 +85,8 @@ class _Running(NamedTuple):
     prefills: list[EngineRequest]
     done: list[EngineRequest]  # nothing more to schedule: their last token is on its way
     decode_tokens: int
+    least_slack_s: float  # of the decodes
+    kv_tokens: int  # of the decodes
 
 
 @dataclass(slots=True)
@@ -105,15 +107,17 @@ class Pilot:
 
     facts: FactsRing
     orders: Orders = field(default_factory=Orders)
+    digest: str | None = None
     given_s: float | None = None
     watched_s: float = -math.inf
     last_budget_tokens: int | None = None
     _flights: deque[_Flight] = field(default_factory=deque)
     _back_s: float = -math.inf
 
-    def order(self, orders: Orders, now_s: float) -> None:
-        """Obey these from the next step on."""
+    def order(self, orders: Orders, now_s: float, digest: str | None = None) -> None:
+        """Obey these from the next step on. `digest`: of the text they came in, which may say more than is known."""
         self.orders, self.given_s, self.watched_s = orders, now_s, now_s
+        self.digest = orders.digest if digest is None else digest
 
     def watch(self, now_s: float) -> None:
         """Somebody asked for facts."""
@@ -182,6 +186,10 @@ class Pilot:
                 free_blocks = 0
                 rules = replace(rules, skip=False)  # vLLM must see whom it may preempt
         prompts = running.prefills + _heads(situation, free_s, rules, profile)
+        if not prompts:
+            decode_s = Ruled(rules, profile).decode_seconds(len(running.asks), running.kv_tokens)
+            if not rules.skip or running.least_slack_s >= decode_s:  # most steps are such, and planning costs time
+                return Turn(running.done + running.decodes, frozenset(), budget, cap)
         admitted = len(running.prefills)
         plan = plan_step(
             running.asks,
@@ -216,13 +224,13 @@ class Pilot:
         self._flights.append(_Flight(output, step, began_s, predicted_s, *set_to))
 
     def came_back(self, output: StepOutput, now_s: float) -> None:
-        """A step's outputs were taken in."""
-        while self._flights:
-            flight = self._flights.popleft()
-            if flight.output is output:
-                began_s = max(flight.scheduled_s, self._back_s)
-                self.facts.add(StepFact(flight.step, now_s - began_s, flight.budget_tokens, flight.skipped))
-                break
+        """A step's outputs were taken in. Steps come back in the order in which they were scheduled; those that
+        held nothing, or that nobody watched, are not known here."""
+        if any(flight.output is output for flight in self._flights):
+            while (flight := self._flights.popleft()).output is not output:
+                pass
+            began_s = max(flight.scheduled_s, self._back_s)
+            self.facts.add(StepFact(flight.step, now_s - began_s, flight.budget_tokens, flight.skipped))
         self._back_s = now_s
 
     def watching(self, now_s: float) -> bool:
@@ -254,8 +262,8 @@ def _by_want(running: Sequence[EngineRequest], free_s: float) -> _Running:
     asks: list[Decode] = []
     prefills: list[EngineRequest] = []
     done: list[EngineRequest] = []
-    drafts = 0
-    never = math.inf
+    drafts = kv_sum = 0
+    never = least_s = math.inf
     for one in running:
         if one.is_prefill_chunk:
             prefills.append(one)
@@ -267,14 +275,18 @@ def _by_want(running: Sequence[EngineRequest], free_s: float) -> _Running:
             done.append(one)  # as vLLM's own loop has it
             continue
         decodes.append(one)
+        kv_sum += kv_tokens
         first_s, pace_s, relegated = one.tiergate_due
         if relegated or pace_s == never:
             asks.append(Decode(kv_tokens))
         else:
-            asks.append(Decode(kv_tokens, first_s + index * pace_s - free_s, pace_s))
+            slack_s = first_s + index * pace_s - free_s
+            asks.append(Decode(kv_tokens, slack_s, pace_s))
+            if slack_s < least_s:
+                least_s = slack_s
         if one.spec_token_ids:
             drafts += len(one.spec_token_ids)
-    return _Running(decodes, asks, prefills, done, len(decodes) + drafts)
+    return _Running(decodes, asks, prefills, done, len(decodes) + drafts, least_s, kv_sum)
 
 
 def _prefill(one: EngineRequest, free_s: float, admitted: bool) -> Prefill:

@@ -198,7 +198,7 @@ class _Driven(Scheduler):  # type: ignore[misc]  # vLLM is not installed where t
             tested=True,
             scheduler=self.kind,
             mode=pilot.mode(now_s),
-            orders_digest=None if pilot.given_s is None else pilot.orders.digest,
+            orders_digest=pilot.digest,
             orders_age_s=None if pilot.given_s is None else now_s - pilot.given_s,
             steps=pilot.facts.steps,
             running=running,

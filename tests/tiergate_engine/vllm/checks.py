@@ -27,7 +27,7 @@ from vllm.v1.engine.core import EngineCore
 
 from tests.tiergate_engine.vllm.made_up import MODEL, STEP_TIME, Engine, Size, settings
 from tiergate_engine import vllm as plugin
-from tiergate_engine.control import EngineState, Mode, Orders, Promise, StepFacts
+from tiergate_engine.control import EngineState, Mode, Orders, Promise, StepFacts, digest_of
 from tiergate_engine.drive import Rules
 from tiergate_engine.vllm import pilot, scheduler
 from tiergate_engine.vllm.channel import ControlEndpoint, ControlMiddleware
@@ -285,6 +285,9 @@ def the_control_routes_stand_behind_the_api_key(asynchronous: bool) -> None:
         assert EngineState.from_json(told.content).orders_digest == Orders(chunk_tokens=77).digest
         assert engine.scheduler.tiergate.orders.chunk_tokens == 77
         assert EngineState.from_json(browser.get("/v1/tiergate/state").content).tested
+        newer = Orders(chunk_tokens=78).to_json().replace("{", '{"field_of_the_future":1,', 1)
+        told = browser.put("/v1/tiergate/orders", content=newer)
+        assert EngineState.from_json(told.content).orders_digest == digest_of(newer)
         assert StepFacts.from_json(browser.get("/v1/tiergate/steps?since=3").content).facts == ()
         assert browser.get("/v1/tiergate/steps?since=-1").status_code == 400
         assert browser.put("/v1/tiergate/orders", content='{"version":9}').status_code == 400
