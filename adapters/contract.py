@@ -101,7 +101,8 @@ class Capabilities:
 
     ``tokens_per_event``: 1 when every content event carries exactly one token; None when events may carry more,
     so that counts come from usage. ``requeue_tokens``: after so many tokens of an answer its request is queued
-    again, behind all that wait; None when it never is.
+    again, behind all that wait; None when it never is. ``lingers``: a sequence goes on for a while after its client
+    left, so it has to be aborted by its id as well.
     """
 
     engine: str  # "vllm", "sglang", "tgi", "openai"
@@ -125,6 +126,7 @@ class Capabilities:
     load: Support = Support.UNKNOWN
     tokens_per_event: int | None = 1
     requeue_tokens: int | None = None
+    lingers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -61,13 +62,16 @@ _CHAT_TOKENIZE_FIELDS = (
     "chat_template_kwargs",
 )
 _PROBE_ID = "tiergate-probe"
+_IDS_KEPT = 8_192  # of the requests that were sent last, so that they can be aborted
 _PRIORITY_REFUSED = "Using priority is disabled"
 
 
 class SglangAdapter(MonitoredAdapter):
     """One SGLang server.
 
-    * An id is matched by its beginning when a request is aborted, so ours are all of one length.
+    * An id is matched by its beginning when a request is aborted, so ours are all of one length. One that is in
+      flight already is refused, so each sending has its own, whatever id its client gave.
+    * A stream whose client left goes on for two seconds, unless it is aborted by its id.
     * Priorities come from eleven values. SGLang keeps a gauge for every value it ever saw, so deadlines themselves
       would grow its metrics for ever; and it preempts running sequences by large differences.
     * Its running cap is set for each micro-batch of each data-parallel rank. Lowering it ends nothing; raising it
@@ -98,6 +102,10 @@ class SglangAdapter(MonitoredAdapter):
         self._aborts = self._caps = self._chunks = False
         self._has_loads = True
         self._earlier: Loads | None = None
+        # Other gateways send to the server as well.
+        self._nonce = secrets.token_bytes(8)
+        self._sent = 0
+        self._ids: dict[str, str] = {}  # by the request's own
 
     async def probe(self) -> Capabilities:
         """Ask for models, settings, loads and routes; nothing is generated.
@@ -132,6 +140,7 @@ class SglangAdapter(MonitoredAdapter):
             running_cap=_support(self._caps),
             load=_support(loads is not None or bool(await self._try_samples(_METRICS))),
             tokens_per_event=None,
+            lingers=True,
         )
 
     async def healthy(self) -> bool:
@@ -175,7 +184,7 @@ class SglangAdapter(MonitoredAdapter):
             if name.lower() not in (_PRIORITY_HEADER, _ID_HEADER)
         }
         if self._aborts and _SEVERAL.search(request.body) is None:
-            members["rid"] = _engine_id(request.request_id)
+            members["rid"] = self._new_id(request.request_id)
         if self._levels:
             members["priority"] = self._priority(request.priority)
         if request.path in _BY_HEADER:
@@ -194,14 +203,17 @@ class SglangAdapter(MonitoredAdapter):
         return _meant(super().response_failure(status, body))
 
     async def abort(self, request_id: str) -> None:
-        """Abort what was sent under `request_id`, in the queue or after the step in flight.
+        """Abort what was last sent under `request_id`, in the queue or after the step in flight.
 
         A request of several sequences is not found by it, and ends when its connection closes. Raises Unsupported,
         or UpstreamError.
         """
         if not self._aborts:
             raise Unsupported("abort by id: the server takes no /abort_request from us")
-        answer = await self._post("/abort_request", {"rid": _engine_id(request_id)})
+        engine_id = self._ids.pop(request_id, None)
+        if engine_id is None:
+            return
+        answer = await self._post("/abort_request", {"rid": engine_id})
         if answer.status != 200:
             raise self.response_failure(answer.status, answer.body)
 
@@ -274,6 +286,16 @@ class SglangAdapter(MonitoredAdapter):
         level = -(-level * self._levels // MOST_URGENT)
         return -level if self._low_first else level
 
+    def _new_id(self, request_id: str) -> str:
+        """An id that no other request has, on this server or any, and of the same length as every other."""
+        self._sent += 1
+        name = hashlib.blake2b(b"%b %d" % (self._nonce, self._sent), digest_size=16)
+        if len(self._ids) >= _IDS_KEPT:
+            del self._ids[next(iter(self._ids))]
+        self._ids.pop(request_id, None)
+        engine_id = self._ids[request_id] = f"tg-{name.hexdigest()}"
+        return engine_id
+
     async def _takes(self, name: str | None, value: int | None) -> bool:
         if name is None or value is None:
             return False
@@ -294,12 +316,6 @@ class SglangAdapter(MonitoredAdapter):
             return await self._post(path, body)
         except UpstreamError:
             return NO_ANSWER
-
-
-def _engine_id(request_id: str) -> str:
-    """The id under which SGLang knows a request: of one length whatever the client calls it."""
-    name = hashlib.blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=16)
-    return f"tg-{name.hexdigest()}"
 
 
 def _meant(found: UpstreamError) -> UpstreamError:

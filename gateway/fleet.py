@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from adapters.contract import Adapter, Capabilities, EngineLoad, Unsupported, UpstreamError
+from adapters.contract import Adapter, Capabilities, EngineLoad, Support, Unsupported, UpstreamError
 from gateway.config import BackendSettings, HealthSettings, engine_limits
 from gateway.dispatch import Shell
 from gateway.pace import PrefillSample, StepSample
@@ -22,6 +22,7 @@ from tiergate_engine.step import StepTime
 
 log = logging.getLogger("tiergate.fleet")
 
+_ABORT_S = 2.0
 _FIRST_RETRY_S = 0.2
 _LAST_RETRY_S = 5.0
 _LEARN_EVERY_S = 1.0
@@ -199,6 +200,18 @@ class GatewayFleet:
             if member.phase is Phase.UP and backend is not None and (model is None or backend.serves(model)):
                 return member
         return None
+
+    def abandon(self, backend: str, request_id: str) -> None:
+        """Abort a request by its id, where the engine would go on with it for a while without its client."""
+        member = self._members.get(backend)
+        if member is None or member.adapter is None or member.capabilities is None or self._tasks is None:
+            return
+        if member.capabilities.lingers and member.capabilities.abort_by_id is Support.YES:
+            aborting = _abort(member.adapter, request_id)
+            try:
+                self._tasks.create_task(aborting, name="abandoned")
+            except RuntimeError:  # the gateway is coming down, and takes no task any more
+                aborting.close()
 
     def learn_length(self, request: Request, output_tokens: int, *, complete: bool) -> None:
         per_sequence = max(1, output_tokens // request.sequences)
@@ -456,3 +469,12 @@ class GatewayFleet:
                 self._teachers.lengths.observe(model, tier, tokens, complete=complete)
             for model, tier, lengths in self._teachers.lengths.changed(self._shell.running_lengths()):
                 self._shell.feed(LengthsChanged(model, tier, lengths))
+
+
+async def _abort(adapter: Adapter, request_id: str) -> None:
+    """Tried once: without it the engine only notices later."""
+    try:
+        async with asyncio.timeout(_ABORT_S):
+            await adapter.abort(request_id)
+    except (UpstreamError, Unsupported, TimeoutError) as error:
+        log.debug("a request that was given up could not be aborted by its id: %s", error)

@@ -48,6 +48,10 @@ class Endpoints(Protocol):
         """A backend could not be reached: look at it now."""
         ...
 
+    def abandon(self, backend: str, request_id: str) -> None:
+        """A request's connection to a backend was closed before its end: see that the engine stops too."""
+        ...
+
     def learn_length(self, request: Request, output_tokens: int, *, complete: bool) -> None: ...
 
 
@@ -81,6 +85,7 @@ class Exchange:
         "_parts",
         "_public_id",
         "_refused",
+        "_sent_to",
         "_ticket",
         "_usage",
     )
@@ -101,6 +106,7 @@ class Exchange:
         self._failure: UpstreamError | None = None
         self._kind = EndKind.CANCELLED
         self._refused: str | None = None
+        self._sent_to: str | None = None
         self._usage: Usage | None = None
 
     async def run(self) -> web.StreamResponse:
@@ -115,6 +121,8 @@ class Exchange:
             await self._client.write(raised.event(self._call.route.dialect))
             return await self._client.end()
         finally:
+            if self._sent_to is not None and self._kind is not EndKind.FINISHED:
+                self._parts.endpoints.abandon(self._sent_to, self._public_id)
             self._account(error)
 
     async def _run(self) -> web.StreamResponse:
@@ -124,9 +132,11 @@ class Exchange:
             if isinstance(order, Refuse):
                 raise self._refusal(order)
             try:
+                self._sent_to = order.backend
                 opened = await self._parts.relay.open(ticket, self._call, self._outgoing(order))
             except UpstreamError as error:
                 self._failure = error
+                self._sent_to = None
                 if not error.retryable:
                     self._kind = EndKind.FAILED
                     ticket.ended(EndKind.FAILED)

@@ -54,6 +54,7 @@ class Habits:
         overloaded: the queue is full.
         fails_after: every generation fails after this many tokens.
         ready: what /ready says.
+        lingers: a request whose client left goes on until it is aborted. (SGLang aborts it after two seconds.)
     """
 
     version: str = VERSION
@@ -71,6 +72,7 @@ class Habits:
     overloaded: bool = False
     fails_after: int | None = None
     ready: bool = True
+    lingers: bool = False
 
     @property
     def has_ready(self) -> bool:
@@ -316,6 +318,8 @@ class FakeSglang:
             for known, run in list(self.requests.items()):
                 if known.startswith(rid):
                     run.end_by_abort()
+                    if self.habits.lingers:
+                        self.requests.pop(known)
         return web.Response()
 
     def _need_admin(self) -> None:
@@ -350,14 +354,17 @@ class FakeSglang:
         if run.rid in self.requests:
             raise Refused(400, "BadRequestError", f"Duplicate request ID detected: {run.rid}")
         self.requests[run.rid] = run
+        left = False
         try:
             return await (run.stream(request) if body.get("stream") is True else run.whole())
         except (asyncio.CancelledError, ConnectionError):
             self.disconnects += 1
+            left = self.habits.lingers
             raise
         finally:
-            run.close()
-            del self.requests[run.rid]
+            if not left:
+                run.close()
+                self.requests.pop(run.rid, None)
 
 
 @contextlib.asynccontextmanager

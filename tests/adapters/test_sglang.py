@@ -66,6 +66,7 @@ class TestProbe:
             running_cap=Support.YES,
             load=Support.YES,
             tokens_per_event=None,
+            lingers=True,
         )
 
     async def test_ranks_count_together(self, connect: Connect) -> None:
@@ -275,7 +276,33 @@ class TestPrepare:
             assert "theirs" not in call.headers.values()
             own = sent(adapter, path, {"rid": "mine", "messages": [], "prompt": "a", "n": 1})
             assert own == {"rid": own["rid"], "messages": [], "prompt": "a", "n": 1}
-            assert own["rid"] in names
+            assert len(str(own["rid"])) == len(names.pop())
+
+    async def test_requests_that_clients_call_the_same_do_not_meet(self, connect: Connect) -> None:
+        """A server refuses an id that is in flight already: a client's second try, say."""
+        async with fake_sglang() as fake:
+            ours, others = (SglangAdapter(connect(fake.url)) for _ in range(2))
+            body = {"messages": MESSAGES, "max_tokens": 5}
+            async with asyncio.TaskGroup() as tasks:
+                for adapter in (ours, others):
+                    await adapter.probe()
+                    for _ in range(3):
+                        tasks.create_task(exchange(adapter, CHAT, body, streamed=False))
+            assert len({str(one["rid"]) for one in fake.seen}) == 6
+            await until(lambda: fake.engine.idle)
+
+    async def test_ids_are_not_kept_for_ever(self, connect: Connect) -> None:
+        async with fake_sglang() as fake:
+            adapter = SglangAdapter(connect(fake.url))
+            await adapter.probe()
+            first = adapter.prepare(outgoing(CHAT, {}, request_id="first"))
+            for number in range(9_000):
+                adapter.prepare(outgoing(CHAT, {}, request_id=str(number)))
+            known = len(fake.aborts)
+            await adapter.abort("first")
+            assert len(fake.aborts) == known, "it is long gone"
+            await adapter.abort("8999")
+            assert fake.aborts[-1] != orjson.loads(first.body)["rid"]
 
     @pytest.mark.parametrize("body", [{"prompt": ["a", "b"]}, {"prompt": "a", "n": 2}, {"prompt": [[1], [2]]}])
     async def test_several_sequences_have_no_id_of_ours(self, connect: Connect, body: dict[str, object]) -> None:

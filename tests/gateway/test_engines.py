@@ -169,6 +169,25 @@ async def test_clients_that_leave_free_every_engine(gone: str) -> None:
         await until(lambda: made.left() == (0, 0, 0, 0))
 
 
+async def test_one_that_would_go_on_without_its_client_is_told_to_stop() -> None:
+    """SGLang looks for clients that left only after two seconds; the fake never does."""
+    habits = sglang.Habits(lingers=True)
+    async with fleet(habits, policy={"name": "round_robin"}) as made:
+        for stream in (True, False):
+            for _ in range(3):
+                async with asyncio.TaskGroup() as tasks:
+                    asking = tasks.create_task(made.ask.read_chat(stream=stream, seed=1, max_tokens=4_000))
+                    await until(lambda: sum(made.left()) > 0)
+                    asking.cancel()
+                await until(lambda: made.left() == (0, 0, 0, 0))
+        assert len([name for name in made.sglang.aborts if name != "tiergate-probe"]) == made.sglang.disconnects
+        assert made.sglang.disconnects == 2
+        # One that ended well is not aborted as well.
+        for _ in range(3):
+            assert (await made.ask.read_chat(max_tokens=2))[0] == 200
+        assert len(made.sglang.aborts) == 3
+
+
 async def test_a_whole_answer_of_each_is_in_one_shape() -> None:
     async with fleet(policy={"name": "round_robin"}) as made:
         ids = set()
