@@ -94,7 +94,7 @@ async def test_each_is_known_for_what_it_is() -> None:
 
 @pytest.mark.parametrize("policy", ["polyserve", "round_robin"])
 async def test_mixed_tiers_share_them(policy: str) -> None:
-    """Round robin uses all; PolyServe as many as it needs, which is a matter of how fast the engines are just now."""
+    """Round robin uses all of them; PolyServe as many as it needs, which depends on how fast they just are."""
     async with fleet(policy={"name": policy}) as made:
         served: Counter[tuple[str, str]] = Counter()
 
