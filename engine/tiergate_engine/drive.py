@@ -156,16 +156,13 @@ class Demand(NamedTuple):
     """What prompts ask of a step.
 
     Attributes:
-        rate: prompt tokens a second that make all of them on time (demand bound of earliest deadline first: the
-            most that are due by any deadline, over the time until then). Infinite when one is late.
-        tokens: of those that have a deadline and of those in front of them.
-        context_tokens: in KV already of the first.
+        first: all that is left of the one that is served first, when it has a promise; else nothing.
+        remaining_s: until its first token is due.
         seqs, kv_tokens: how many may become decodes at the end of the step, and their contexts.
     """
 
-    rate: float
-    tokens: int
-    context_tokens: int
+    first: Step
+    remaining_s: float
     seqs: int
     kv_tokens: int
 
@@ -183,8 +180,9 @@ def plan_step(
        first one of a prompt that ends in it. A decode that would be late even in a step without chunks binds it
        with its pace only.
     2. When the step of all decodes is longer than the slack of one that a shorter step would serve in time, or
-       when it leaves too little to the prompts to make them on time, decodes are left out, the loosest first: only
-       as many as are needed, only if it helps, and only such as are still on time in the step behind this one.
+       when the first prompt would be on time if it ended in this step, and else late, decodes are left out, the
+       loosest first: only as many as are needed, only if it helps, and only such as are still on time in the step
+       behind this one. To leave them out saves no work, it is done later; so it is not done just for more room.
     3. Prompts share what is left as `fill` has it, by deadline. One that would be late even if it had the
        engine to itself comes last (after QoServe's eager relegation, ASPLOS 2026).
     """
@@ -250,8 +248,8 @@ def is_late(prefill: Prefill, ruled: Ruled) -> bool:
 
 def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], decode_seqs: int, limits: StepLimits) -> Demand:
     """What prompts ask of the next step, in the order in which they are served, as far as the limits go."""
-    rate, ahead, context, urgent = 0.0, 0, 0, 0
-    seqs = kv_tokens = 0
+    first, remaining_s = Step(), math.inf
+    ahead = seqs = kv_tokens = 0
     tokens = limits.tokens - decode_seqs
     slots = math.inf if limits.new_seqs is None else limits.new_seqs
     for index in ranks:
@@ -262,15 +260,12 @@ def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], decode_seqs: int, l
             if slots <= 0:
                 continue
             slots -= 1
-        if not ahead:
-            context = one.context_tokens
+        if not ahead and not one.relegated and one.remaining_s < math.inf and one.tokens <= tokens:
+            first, remaining_s = Step.chunk(one.tokens, one.context_tokens), one.remaining_s
         ahead += one.tokens
         seqs += 1
         kv_tokens += one.context_tokens + one.tokens
-        if one.remaining_s < math.inf and not one.relegated:
-            urgent = ahead
-            rate = max(rate, ahead / one.remaining_s if one.remaining_s > 0.0 else math.inf)
-    return Demand(rate, urgent, context, seqs, kv_tokens)
+    return Demand(first, remaining_s, seqs, kv_tokens)
 
 
 def room_for(decodes: Sequence[Decode], base: Step, demand: Demand, limits: StepLimits, ruled: Ruled) -> Room:
@@ -299,11 +294,20 @@ def room_for(decodes: Sequence[Decode], base: Step, demand: Demand, limits: Step
                 rules,
             )
             return Room(min(most_s, bound_s), skipped, served)
-    chunk = needed_chunk(demand, within_s, limits.tokens - base.decode_seqs)
-    if chunk is not None and ruled.seconds(base + chunk) > within_s:
-        skipped = _left_out(kv_tokens, slacks_s, base, (within_s, behind_s), chunk, ruled)
-        return Room(within_s, skipped, _without(base, skipped, kv_tokens))
+    until_s = must_end_s(demand, within_s, behind_s)
+    if until_s is not None and ruled.seconds(base + demand.first) > until_s:
+        skipped = _left_out(kv_tokens, slacks_s, base, (until_s, behind_s), demand.first, ruled)
+        if skipped:
+            return Room(until_s, skipped, _without(base, skipped, kv_tokens))
     return Room(within_s, (), base)
+
+
+def must_end_s(demand: Demand, within_s: float, behind_s: float) -> float | None:
+    """How long the step may take when the first prompt has to end in it, since it would be late in the one behind
+    it. None when it has time, or none is left to it."""
+    if not 0.0 < demand.remaining_s < within_s + behind_s:
+        return None
+    return min(within_s, demand.remaining_s)
 
 
 def longest_s(limits: StepLimits, rules: Rules) -> float:
@@ -368,16 +372,6 @@ def least_within(values: Sequence[float], low: float, high: float) -> float | No
 def least_step_s(ruled: Ruled) -> float:
     """The shortest step there is: who has less time than that is late whatever is done."""
     return ruled.seconds(Step.decode(1, 1))
-
-
-def needed_chunk(demand: Demand, within_s: float, tokens: int) -> Step | None:
-    """The chunk that a step of `within_s` has to carry so that the prompts are on time; None when none has to, or
-    when the step's time does not bind."""
-    if not demand.tokens or tokens <= 0 or within_s == math.inf:
-        return None
-    wanted = min(demand.tokens, tokens)
-    chunk = math.ceil(demand.rate * within_s) if demand.rate * within_s < wanted else wanted
-    return Step.chunk(chunk, demand.context_tokens) if chunk > 0 else None
 
 
 def _left_out(

@@ -19,7 +19,7 @@ from tiergate_engine.drive import (
     is_late,
     least_step_s,
     longest_s,
-    needed_chunk,
+    must_end_s,
     room_for,
     served_order,
     step_behind,
@@ -49,6 +49,11 @@ class Driver:
         self.step_time = step_time
         self._decodes = decodes
         self._due = decodes.due = DueTimes()
+        self._least_s = least_step_s(step_time)
+
+    def rule(self, step_time: Ruled) -> None:
+        """Plan by these rules and step times."""
+        self.step_time = step_time
         self._least_s = least_step_s(step_time)
 
     def promised(self, sequence: LiveSequence, ask: Prefill, now_s: float) -> Prefill:
@@ -91,17 +96,17 @@ class Driver:
         decode_s = self.step_time.seconds(base)
         within_s = min(most_s, due.within_s(now_s, steps, decode_s, rules.chunk_from_slack))
         if rules.skip:
-            tight_s = due.least_slack_s(now_s, steps, self._least_s, decode_s)
-            if tight_s is not None or self._is_short(base, demand, limits.tokens, within_s):
-                until_s = within_s if tight_s is None else min(tight_s, within_s)
-                behind_s = self.step_time.seconds(step_behind(base, demand))
-                if due.most_slack_s(now_s, steps) >= until_s + behind_s:
-                    return self._look_closely(running, base, demand, limits, now_s)
+            behind_s = self.step_time.seconds(step_behind(base, demand))
+            until_s = due.least_slack_s(now_s, steps, self._least_s, decode_s)
+            if until_s is None:
+                until_s = must_end_s(demand, within_s, behind_s)
+                if until_s is not None and self.step_time.seconds(base + demand.first) <= until_s:
+                    until_s = None
+            else:
+                until_s = min(until_s, within_s, demand.remaining_s)
+            if until_s is not None and due.most_slack_s(now_s, steps) >= until_s + behind_s:
+                return self._look_closely(running, base, demand, limits, now_s)
         return Room(within_s, (), base), []
-
-    def _is_short(self, base: Step, demand: Demand, tokens: int, within_s: float) -> bool:
-        chunk = needed_chunk(demand, within_s, tokens - base.decode_seqs)
-        return chunk is not None and self.step_time.seconds(base + chunk) > within_s
 
     def _look_closely(
         self, running: Iterable[LiveSequence], base: Step, demand: Demand, limits: StepLimits, now_s: float
