@@ -77,7 +77,8 @@ class SglangAdapter(MonitoredAdapter):
     * Its running cap is set for each micro-batch of each data-parallel rank. Lowering it ends nothing; raising it
       may show only when a sequence ends.
     * Its chunk size is set at launch. With Tiergate's plug-in in the server (`tiergate_engine.sglang`) it can be
-      lowered while it runs.
+      lowered while it runs. Where chunks have steps of their own, one follows the other and decodes wait for all
+      of them; so a step of decodes is asked for between them, without which no size would protect anybody.
     * /health generates a token and takes a second by default, so it is not asked.
     * An event may carry several tokens: the server merges what waits to be written.
     """
@@ -118,7 +119,11 @@ class SglangAdapter(MonitoredAdapter):
         self._tokenize = await self._has_post_route("/tokenize")
         self._aborts = (await self._try_post("/abort_request", {"rid": _PROBE_ID})).status == 200
         self._caps = await self._takes(info.cap_name, info.cap)
-        self._chunks = info.chunk is not None and await self._takes("chunked_prefill_size", info.chunk.now)
+        self._chunks = (
+            info.chunk is not None
+            and (info.mixed or info.interval is not None)
+            and await self._takes("chunked_prefill_size", info.chunk.now)
+        )
         loads = await self._read_loads()
         self._has_loads = loads is not None
         per_rank = info.running_per_rank
@@ -230,16 +235,21 @@ class SglangAdapter(MonitoredAdapter):
         cap = most if sequences is None else min(sequences // (info.ranks * info.stages), most)
         if cap < 1:
             raise Unsupported(f"running cap: SGLang cannot run fewer than {info.ranks * info.stages}")
-        await self._set(info.cap_name, cap)
+        await self._set({info.cap_name: cap})
 
     async def set_chunk_budget(self, tokens: int | None) -> None:
-        """Most prompt tokens of a step from now on, rounded down to what the plug-in takes.
+        """Most tokens of a step with a chunk from now on, rounded down to what the plug-in takes.
 
-        Raises Unsupported, UpstreamError.
+        In mixed steps the decodes count, as elsewhere; chunks with steps of their own get a step of decodes behind
+        each. None puts both back as they were launched. Raises Unsupported, UpstreamError.
         """
-        if not self._chunks or self._info.chunk is None:
-            raise Unsupported("chunk budget: the server does not run Tiergate's plug-in")
-        await self._set("chunked_prefill_size", self._info.chunk.nearest(tokens))
+        info = self._info
+        if not self._chunks or info.chunk is None:
+            raise Unsupported("chunk budget: the server does not run Tiergate's plug-in, or has no use for it")
+        settings = {"chunked_prefill_size": info.chunk.nearest(tokens)}
+        if not info.mixed and info.interval is not None:
+            settings["prefill_decode_interval"] = info.interval if tokens is None else max(info.interval, 1)
+        await self._set(settings)
 
     async def count_tokens(self, body: Mapping[str, object]) -> int:
         """Prompt tokens by /tokenize; a prompt of token ids is counted here.
@@ -301,12 +311,13 @@ class SglangAdapter(MonitoredAdapter):
             return False
         return _all_updated(await self._try_post("/set_internal_state", {"server_args": {name: value}}))
 
-    async def _set(self, name: str, value: int) -> None:
-        answer = await self._post("/set_internal_state", {"server_args": {name: value}})
+    async def _set(self, settings: Mapping[str, int]) -> None:
+        answer = await self._post("/set_internal_state", {"server_args": settings})
         if answer.status != 200:
             raise self.response_failure(answer.status, answer.body)
         if not _all_updated(answer):
-            raise UpstreamError(Failure.REJECTED, f"SGLang did not take {value} for {name}", answer.status)
+            told = ", ".join(f"{name} of {value}" for name, value in settings.items())
+            raise UpstreamError(Failure.REJECTED, f"SGLang did not take a {told}", answer.status)
 
     async def _post(self, path: str, body: Mapping[str, object]) -> Answer:
         return await self._ask("POST", path, orjson.dumps(body))

@@ -47,6 +47,8 @@ class ServerInfo:
         cap_name: under which name the running cap is set; None when the server has none.
         cap: the running cap in force, for each micro-batch of each rank.
         chunk: what the plug-in takes; None without the plug-in.
+        mixed: whether chunks run in one step with decodes, as the plug-in tells.
+        interval: steps of decodes behind each chunk that it was started with; None when that cannot be set.
         schedules_by_priority: whether a request's priority decides anything.
         low_values_first: whether smaller priorities come first.
         most_apart: the largest difference of two priorities that preempts nobody; None when nothing ever does.
@@ -59,6 +61,8 @@ class ServerInfo:
     cap_name: str | None
     cap: int | None
     chunk: ChunkRange | None
+    mixed: bool
+    interval: int | None
     prefill_tokens: int | None
     kv_tokens: int | None
     page_tokens: int | None
@@ -92,6 +96,8 @@ class ServerInfo:
             cap_name=cap_name,
             cap=positive_int(first.get(cap_name)) if cap_name else None,
             chunk=_chunk_range(states),
+            mixed=bool(states) and all(_plugin(state).get("mixed") is True for state in states),
+            interval=_interval(states),
             prefill_tokens=positive_int(info.get("chunked_prefill_size"))
             or positive_int(info.get("max_prefill_tokens")),
             kv_tokens=sum(told) if len(told) == len(capacities) else None,
@@ -262,12 +268,28 @@ def _capacity(state: Mapping[str, object]) -> int | None:
     return positive_int(memory.get("token_capacity")) if isinstance(memory, dict) else None
 
 
+def _plugin(state: Mapping[str, object]) -> Mapping[str, object]:
+    told = state.get(PLUGIN_STATE)
+    return told if isinstance(told, dict) else {}
+
+
+def _interval(states: Sequence[Mapping[str, object]]) -> int | None:
+    """What every rank was started with; None when one has none, or they do not agree."""
+    found: set[int] = set()
+    for state in states:
+        told = _plugin(state).get("prefill_decode_interval")
+        launched = told.get("launched") if isinstance(told, dict) else None
+        if isinstance(launched, bool) or not isinstance(launched, int) or launched < 0:
+            return None
+        found.add(launched)
+    return found.pop() if len(found) == 1 else None
+
+
 def _chunk_range(states: Sequence[Mapping[str, object]]) -> ChunkRange | None:
     """What every rank's plug-in takes; None when one has none, or they do not agree."""
     found: set[ChunkRange] = set()
     for state in states:
-        told = state.get(PLUGIN_STATE)
-        sizes = told.get("chunked_prefill_size") if isinstance(told, dict) else None
+        sizes = _plugin(state).get("chunked_prefill_size")
         if not isinstance(sizes, dict):
             return None
         numbers = [positive_int(sizes.get(name)) for name in ("now", "least", "most", "multiple")]

@@ -42,7 +42,7 @@ class Habits:
 
     Attributes:
         version: what it says it is; before 0.5.20 there is no /ready.
-        plugin: whether Tiergate's plug-in is in it.
+        plugin: whether Tiergate's plug-in is in it; `mixed`: `--enable-mixed-chunk`.
         says_true: a refused setting is answered with `[true]`, as 0.5.12 does.
         loads: whether there is /v1/loads (since 0.5.9); `old_loads`: with the keys of its first version only.
         metrics: `--enable-metrics`.
@@ -59,6 +59,7 @@ class Habits:
 
     version: str = VERSION
     plugin: bool = False
+    mixed: bool = False
     says_true: bool = False
     loads: bool = True
     old_loads: bool = False
@@ -135,6 +136,7 @@ class FakeSglang:
     disconnects: int = 0
     cap: int = 0
     chunk: int = 0
+    interval: int = 0
     snapshot: Json = field(default_factory=dict)
     told_at: tuple[int, bool] = (-1, True)  # the step of the snapshot, and whether the engine was idle
 
@@ -214,7 +216,10 @@ class FakeSglang:
         if habits.plugin:
             most = limits.chunked_prefill_size
             sizes = {"now": self.chunk, "least": _PAGE_TOKENS, "most": most, "multiple": _PAGE_TOKENS}
-            state["tiergate"] = {"version": 1, "chunked_prefill_size": sizes}
+            told: Json = {"version": 1, "mixed": habits.mixed, "chunked_prefill_size": sizes}
+            if habits.has_ready:  # the interval came with the same version
+                told["prefill_decode_interval"] = {"now": self.interval, "launched": 0}
+            state["tiergate"] = told
         info = {
             **settings,
             "max_total_num_tokens": limits.kv_tokens,
@@ -294,6 +299,8 @@ class FakeSglang:
                 if name == "pp_max_micro_batch_size":
                     self.cap = value
                     self.engine.set_running_cap(value)
+                elif name == "prefill_decode_interval":
+                    self.interval = value
                 else:
                     self.chunk = value
                     self.engine.set_budget(value)
@@ -307,7 +314,7 @@ class FakeSglang:
             return 1 <= value <= limits.max_running_requests // limits.stages
         if name == "chunked_prefill_size" and self.habits.plugin:
             return _PAGE_TOKENS <= value <= limits.chunked_prefill_size and value % _PAGE_TOKENS == 0
-        return False
+        return name == "prefill_decode_interval" and self.habits.plugin and self.habits.has_ready
 
     async def abort_request(self, request: web.Request) -> web.Response:
         """A known id aborts every id that begins with it; an unknown or empty one does nothing."""

@@ -168,7 +168,22 @@ class TestKnobs:
             assert (found.chunk_budget, found.max_batched_tokens) == (Support.YES, 1024)
             for asked, taken in ((300, 288), (1, 16), (99_999, 1024), (64, 64), (None, 1024)):
                 await adapter.set_chunk_budget(asked)
-                assert fake.chunk == taken
+                assert (fake.chunk, fake.interval) == (taken, 0 if asked is None else 1)
+
+    async def test_mixed_chunks_need_no_decodes_in_between(self, connect: Connect) -> None:
+        async with fake_sglang(habits=Habits(plugin=True, mixed=True, version="0.5.12")) as fake:
+            adapter = SglangAdapter(connect(fake.url))
+            assert (await adapter.probe()).chunk_budget is Support.YES
+            await adapter.set_chunk_budget(128)
+            assert fake.sets[-1] == {"chunked_prefill_size": 128}
+
+    async def test_a_size_that_would_protect_nobody_is_none(self, connect: Connect) -> None:
+        """Chunks with steps of their own, in a version that runs one behind the other."""
+        async with fake_sglang(habits=Habits(plugin=True, version="0.5.12")) as fake:
+            adapter = SglangAdapter(connect(fake.url))
+            assert (await adapter.probe()).chunk_budget is Support.NO
+            with pytest.raises(Unsupported):
+                await adapter.set_chunk_budget(128)
 
     async def test_a_budget_in_force_outlives_a_probe(self, connect: Connect) -> None:
         async with fake_sglang(habits=Habits(plugin=True)) as fake:
@@ -182,7 +197,7 @@ class TestKnobs:
             adapter = SglangAdapter(connect(fake.url))
             await adapter.probe()
             fake.behave(plugin=False)  # it was started again without
-            with pytest.raises(UpstreamError, match="did not take 64") as caught:
+            with pytest.raises(UpstreamError, match="chunked_prefill_size of 64") as caught:
                 await adapter.set_chunk_budget(64)
             assert caught.value.failure is Failure.REJECTED
 

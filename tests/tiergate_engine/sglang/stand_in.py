@@ -85,6 +85,8 @@ class Scheduler:
     says_true: bool = False
     settings: dict[str, object] = field(default_factory=lambda: {"pp_max_micro_batch_size": 64})
     dynamic_chunk_sizer: object | None = None
+    is_mixed_chunk: bool = False
+    prefill_decode_interval: int | None = 0  # None: a version before 0.5.20, which has it not
 
     def set_internal_state(self, request: SetRequest) -> SetAnswer:
         for name, value in request.server_args.items():

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from adapters.sglang_state import ServerInfo
 from tests.tiergate_engine.sglang.stand_in import Scheduler, SetRequest, install, load_plugins
 from tiergate_engine.sglang import register
-from tiergate_engine.sglang.chunk import LiveChunk
+from tiergate_engine.sglang.knobs import LiveKnobs
 from tiergate_engine.sglang.versions import READ, STRICT_SWITCH
 
-NAME = "chunked_prefill_size"
+NAME, INTERVAL = "chunked_prefill_size", "prefill_decode_interval"
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -64,6 +64,27 @@ def test_what_it_does_not_take(scheduler: Scheduler, size: object) -> None:
     assert scheduler.chunked_prefill_size == 2048
 
 
+def test_decodes_between_chunks(scheduler: Scheduler) -> None:
+    assert put(scheduler, **{NAME: 256, INTERVAL: 2})
+    assert (scheduler.chunked_prefill_size, scheduler.prefill_decode_interval) == (256, 2)
+    assert told(scheduler)["tiergate"] == {
+        "version": 1,
+        "mixed": False,
+        NAME: {"now": 256, "least": 16, "most": 2048, "multiple": 16},
+        INTERVAL: {"now": 2, "launched": 0},
+    }
+    for size, interval in ((128, -1), (17, 1), (128, 10**6), (128, True), (128, None), (128, 1.0)):
+        assert not put(scheduler, **{NAME: size, INTERVAL: interval})
+        assert (scheduler.chunked_prefill_size, scheduler.prefill_decode_interval) == (256, 2)
+
+
+def test_a_version_without_them(scheduler: Scheduler) -> None:
+    scheduler.prefill_decode_interval = None
+    assert INTERVAL not in str(told(scheduler))
+    assert not put(scheduler, **{NAME: 256, INTERVAL: 1})
+    assert put(scheduler, **{NAME: 256})
+
+
 def test_all_settings_are_taken_or_none(scheduler: Scheduler) -> None:
     assert not put(scheduler, **{NAME: 17, "pp_max_micro_batch_size": 8})
     assert (scheduler.chunked_prefill_size, told(scheduler)["pp_max_micro_batch_size"]) == (2048, 64)
@@ -94,7 +115,7 @@ def test_no_size_is_taken_that_would_cut_a_prompt_to_nothing(
     page: int, align: int | None, launched: int, asked: int
 ) -> None:
     made = Scheduler(chunked_prefill_size=launched, page_size=page, truncation_align_size=align)
-    answer = LiveChunk(pytest.fail).around_set(Scheduler.set_internal_state, made, SetRequest({NAME: asked}))
+    answer = LiveKnobs(pytest.fail).around_set(Scheduler.set_internal_state, made, SetRequest({NAME: asked}))
     now = made.chunked_prefill_size
     assert now == (asked if answer.updated else launched)
     if answer.updated and asked != launched:
@@ -112,7 +133,7 @@ def test_no_size_is_taken_that_would_cut_a_prompt_to_nothing(
     ],
 )
 def test_a_server_without_chunks_of_its_own_takes_none(made: Scheduler) -> None:
-    chunk = LiveChunk(pytest.fail)
+    chunk = LiveKnobs(pytest.fail)
     launched = made.chunked_prefill_size
     assert not chunk.around_set(Scheduler.set_internal_state, made, SetRequest({NAME: 1024})).updated
     assert "tiergate" not in chunk.after_get(made.get_internal_state(None), made).internal_state
@@ -129,7 +150,7 @@ def test_insides_that_are_not_as_expected_leave_it_as_it_is() -> None:
         def page_size(self, value: int) -> None: ...
 
     said: list[str] = []
-    chunk, made = LiveChunk(said.append), Other()
+    chunk, made = LiveKnobs(said.append), Other()
     for _ in range(3):
         assert not chunk.around_set(Scheduler.set_internal_state, made, SetRequest({NAME: 64})).updated
         assert "tiergate" not in chunk.after_get(made.get_internal_state(None), made).internal_state
