@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tiergate_engine.control import EngineState, Orders, Promise, StepFacts
 
@@ -101,8 +101,8 @@ class Capabilities:
 
     ``tokens_per_event``: 1 when every content event carries exactly one token; None when events may carry more,
     so that counts come from usage. ``requeue_tokens``: after so many tokens of an answer its request is queued
-    again, behind all that wait; None when it never is. ``lingers``: a sequence goes on for a while after its client
-    left, so it has to be aborted by its id as well.
+    again, behind all that wait; None when it never is. ``lingers``: a sequence goes on for a while after its
+    client left, so it has to be aborted by its id as well.
     """
 
     engine: str  # "vllm", "sglang", "tgi", "openai"
@@ -212,6 +212,7 @@ class Adapter(Protocol):
     async def close(self) -> None: ...
 
 
+@runtime_checkable
 class Drivable(Protocol):
     """An engine with Tiergate's plug-in. All raise Unsupported when it is not there, and UpstreamError."""
 

@@ -19,7 +19,8 @@ from gateway.api import Api, Gate
 from gateway.carried import CarriedView, Place
 from gateway.config import ConfigError, Settings
 from gateway.dispatch import Shell, Timing
-from gateway.fleet import GatewayFleet, Teachers
+from gateway.driving import Driving
+from gateway.fleet import GatewayFleet
 from gateway.generate import Generator, Parts
 from gateway.live import Live
 from gateway.merged import TextRates
@@ -31,6 +32,7 @@ from gateway.server import GatewayServer
 from gateway.shared import Begun, PolicyConflict, PolicySource, SharedPolicy, alone, begin
 from gateway.sharing import Sharing
 from gateway.siblings import Siblings
+from gateway.teachers import Teachers
 from gateway.telemetry import Exposition, Telemetry
 from gateway.tokens import TokenCounter
 from gateway.view import FleetView
@@ -108,7 +110,10 @@ class Gateway:
             clock,
         )
         self.api = Api(parts, self.fleet, Generator(parts, secrets.token_hex(6)), self.gate)
-        self.view = FleetView(wiring.dispatcher, self.fleet, self.shell, self.telemetry, wiring.version)
+        self.driving = Driving(self.fleet, wiring.dispatcher, self.live, self.telemetry, clock)
+        self.view = FleetView(
+            wiring.dispatcher, self.fleet, self.shell, self.telemetry, self.driving, wiring.version
+        )
         self.exposition = Exposition(self.telemetry, self.shell, self.view, wiring.version)
         self.carried = CarriedView(wiring.dispatcher, self.fleet, self.shell, wiring.store, wiring.place)
         watched = Watched(
@@ -206,6 +211,7 @@ async def running(settings: Settings, wiring: Wiring, *, listen: bool = True) ->
         own = [tasks.create_task(wiring.store.run(), name="store")]
         own += gateway.shell.start(tasks) + gateway.fleet.start(tasks, gateway.live.now.settings.backends)
         own.append(tasks.create_task(gateway.policy.run(), name="policy"))
+        own.append(tasks.create_task(gateway.driving.run(), name="driving"))
         if wiring.sharing is not None:
             own.append(tasks.create_task(wiring.sharing.run(), name="sharing"))
         own.append(tasks.create_task(gateway.log.run(), name="request-log"))

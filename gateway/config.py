@@ -57,7 +57,8 @@ class LimitSettings(_Model):
 
 
 class BackendSettings(_Model):
-    """One engine endpoint. `models` empty means: ask the engine. `pinned` keeps it in `tier` for good."""
+    """One engine endpoint. `models` empty means: ask the engine. `pinned` keeps it in `tier` for good. `driving`
+    unset means: as the fleet."""
 
     url: str
     name: Name
@@ -66,6 +67,7 @@ class BackendSettings(_Model):
     profile: str | None = None
     tier: str | None = None
     pinned: bool = False
+    driving: bool | None = None
     api_key: SecretStr | None = None
     limits: LimitSettings = LimitSettings()
 
@@ -228,6 +230,7 @@ class Settings(_Model):
     )
     default_tier: str = "chat"
     policy: PolicySettings = PolicySettings()
+    driving: bool = True
     store: StoreSettings = StoreSettings()
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     keys: tuple[KeySettings, ...] = ()

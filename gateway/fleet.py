@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Protocol
 
 from adapters.contract import Adapter, Capabilities, EngineLoad, Support, Unsupported, UpstreamError
 from gateway.config import BackendSettings, HealthSettings, engine_limits
 from gateway.dispatch import Shell
 from gateway.pace import PrefillSample, StepSample
+from gateway.teachers import BackendUnusable, StepLearner, Teachers
 from scheduling.backends import Backend, BackendState, EngineLimits
 from scheduling.events import BackendChanged, BackendRemoved, LengthsChanged, MembershipChanged
-from scheduling.lengths import LengthModel
 from scheduling.requests import Request
 from state.contract import Mode, Store, StoreUnavailable
-from tiergate_engine.step import StepTime
 
 log = logging.getLogger("tiergate.fleet")
 
@@ -28,68 +26,6 @@ _LAST_RETRY_S = 5.0
 _LEARN_EVERY_S = 1.0
 _ALONE_EVERY_S = 1.0  # while the store does not count for all, engines' own counts are all there is of others
 _COUNT_S = 0.1  # an exact count that comes later than this is worth less than an estimate now
-
-
-Running = Mapping[tuple[str, str], Sequence[int]]  # tokens of each open stream, by (model, tier)
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """What is known of a backend's step times now. `margin` is a factor of at least 1 on predictions."""
-
-    step_time: StepTime
-    margin: float
-    calibrated: bool
-    version: int
-    error: float | None = None
-
-
-class StepLearner(Protocol):
-    """One backend's step times: a profile or a prior, corrected by what was seen."""
-
-    @property
-    def limits(self) -> EngineLimits:
-        """What the profile says of the engine's limits."""
-        ...
-
-    def observe(self, sample: StepSample) -> None: ...
-
-    def observe_prefill(self, sample: PrefillSample) -> None: ...
-
-    def timing(self) -> Timing: ...
-
-
-class LengthLearner(Protocol):
-    """Output lengths per model and tier."""
-
-    def observe(self, model: str, tier: str, output_tokens: int, *, complete: bool) -> None: ...
-
-    def changed(self, running: Running) -> list[tuple[str, str, LengthModel]]:
-        """(model, tier, lengths) of every class that changed since the last call.
-
-        `running` are the tokens that open streams have so far: long answers end last, so without them lengths
-        would be those of the short ones.
-        """
-        ...
-
-
-class BackendUnusable(Exception):
-    """A backend cannot be used as it is configured; the message says why."""
-
-
-class Teachers(Protocol):
-    """Makes what a backend needs; filled in by the composition root."""
-
-    async def connect(self, settings: BackendSettings) -> Adapter:
-        """The adapter for an endpoint. Raises UpstreamError while nothing answers, or BackendUnusable."""
-        ...
-
-    async def steps(self, settings: BackendSettings, capabilities: Capabilities) -> StepLearner:
-        """What is known of its step times. Raises BackendUnusable."""
-        ...
-
-    @property
-    def lengths(self) -> LengthLearner: ...
 
 
 class Phase(Enum):
@@ -115,6 +51,10 @@ class Member:
     failures: int = 0
     problem: str | None = None
     engine: EngineLoad = field(default_factory=EngineLoad)
+    driven: bool = False  # its steps are kept within its tier's pace
+    tells_steps: bool = False  # itself, so that streams need not be asked
+    takes_promises: bool = False
+    most_seqs: int | None = None  # that the controller lets in
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -152,6 +92,9 @@ class GatewayFleet:
         capabilities = self._members[backend].capabilities
         assert capabilities is not None
         return capabilities
+
+    def takes_promises(self, backend: str) -> bool:
+        return self._members[backend].takes_promises
 
     def suspect(self, backend: str) -> None:
         member = self._members.get(backend)
@@ -220,13 +163,22 @@ class GatewayFleet:
 
     def learn_step(self, sample: StepSample) -> None:
         member = self._members.get(sample.backend)
-        if member is not None and member.learner is not None:
+        if member is not None and member.learner is not None and not member.tells_steps:
             member.learner.observe(sample)
 
     def learn_prefill(self, sample: PrefillSample) -> None:
         member = self._members.get(sample.backend)
-        if member is not None and member.learner is not None:
+        if member is not None and member.learner is not None and not member.tells_steps:
             member.learner.observe_prefill(sample)
+
+    # --- for driving ---------------------------------------------------------------------------------------
+
+    def keeps(self, member: Member, *, driven: bool, most_seqs: int | None = None) -> None:
+        """How a backend is kept to its tier's pace: the core is told when that is new."""
+        if (driven, most_seqs) != (member.driven, member.most_seqs):
+            member.driven, member.most_seqs = driven, most_seqs
+            if member.published is not None and self._members.get(member.name) is member:
+                self._publish(member)
 
     # --- looking in ----------------------------------------------------------------------------------------
 
@@ -292,6 +244,7 @@ class GatewayFleet:
     def _change(self, member: Member, settings: BackendSettings) -> None:
         """The same backend with other settings. In the store it stays: other replicas carry load on it."""
         placing = {"tier": settings.tier, "pinned": settings.pinned, "limits": settings.limits}
+        placing["driving"] = settings.driving
         if member.settings.model_copy(update=placing) != settings:
             self._remove(member)
             self._add(settings)
@@ -443,15 +396,20 @@ class GatewayFleet:
             capabilities.max_model_tokens or profile.max_model_tokens,
             capabilities.block_tokens or profile.block_tokens,
         )
+        limits = engine_limits(member.settings.limits, probed)
+        if member.most_seqs is not None:
+            most = min(limits.max_running_seqs or member.most_seqs, member.most_seqs)
+            limits = replace(limits, max_running_seqs=most)
         member.version = timing.version
         member.published = Backend(
             name=member.name,
             step_time=timing.step_time,
             models=member.models,
-            limits=engine_limits(member.settings.limits, probed),
+            limits=limits,
             state=BackendState.UP if member.phase is Phase.UP else BackendState.DOWN,
             margin=timing.margin,
             calibrated=timing.calibrated,
+            dynamic_chunk=member.driven and timing.calibrated,
             pinned=member.settings.pinned,
         )
         self._shell.feed(BackendChanged(member.published))

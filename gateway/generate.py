@@ -26,11 +26,12 @@ from gateway.sse import SseScanner, Usage
 from gateway.telemetry import Telemetry
 from gateway.ticket import Ticket
 from gateway.tokens import TokenCounter
-from scheduling.decisions import Decision
+from scheduling.decisions import Decision, Outcome
 from scheduling.events import EndKind, Open, Refuse
 from scheduling.requests import Request
 from scheduling.scoring import DeadlineMeter
 from scheduling.tiers import Slo
+from tiergate_engine.control import Promise
 
 _SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 _WAITING = b": waiting for a place\n\n"
@@ -43,6 +44,10 @@ class Endpoints(Protocol):
     def adapter(self, backend: str) -> Adapter: ...
 
     def capabilities(self, backend: str) -> Capabilities: ...
+
+    def takes_promises(self, backend: str) -> bool:
+        """Whether its engine plans its steps by what requests were promised."""
+        ...
 
     def suspect(self, backend: str) -> None:
         """A backend could not be reached: look at it now."""
@@ -185,7 +190,18 @@ class Exchange:
             # Milliseconds to the first deadline: the engine serves the more urgent first.
             None if math.isinf(order.priority) else int(order.priority * 1e3),
             arrived <= _USAGE_FIRST or arrived % settings.tokens.usage_every == 0,
+            self._promise(order),
         )
+
+    def _promise(self, order: Open) -> Promise | None:
+        """What the engine is told that the request was promised, where it plans by that: times from now on."""
+        if not self._parts.endpoints.takes_promises(order.backend):
+            return None
+        request = self._call.request
+        ttft_s, tpot_s = request.slo.ttft_s, request.slo.tpot_s
+        if ttft_s is not None:
+            ttft_s += request.arrival_s - self._parts.clock()
+        return Promise(ttft_s, tpot_s, order.decision.outcome is Outcome.RELEGATED)
 
     def _refusal(self, order: Refuse) -> ApiError:
         failure = self._failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from adapters import registry
 from adapters.contract import Adapter, Capabilities
 from gateway.config import BackendSettings, EngineKind
-from gateway.fleet import BackendUnusable, Running, StepLearner, Timing
 from gateway.pace import PrefillSample, StepSample
+from gateway.teachers import BackendUnusable, Running, StepLearner, Timing
 from gateway.tokens import TokenCounter
 from profiles import Limits, Profile, ProfileError, load, prior
 from profiles.correct import CorrectedProfile, Corrector
@@ -24,6 +24,7 @@ from profiles.evidence import LengthEvidence, StepEvidence
 from profiles.lengths import LengthBook
 from scheduling.backends import EngineLimits
 from scheduling.lengths import LengthModel
+from tiergate_engine.step import Step
 
 
 class Saved(BaseModel):
@@ -129,6 +130,10 @@ class ProfiledSteps:
         self.corrector.observe_prefill(
             sample.prompt_tokens, sample.decode_seqs, sample.decode_kv_tokens, sample.seconds
         )
+        self._seen += 1
+
+    def observe_told(self, steps: Sequence[tuple[Step, float]], of: int) -> None:
+        self.corrector.observe_told(steps, of)
         self._seen += 1
 
     def timing(self) -> Timing:

@@ -26,6 +26,7 @@ from gateway.request import Call
 from gateway.sse import SseScanner, StreamTooWide, Usage, data_of
 from gateway.ticket import Ticket
 from scheduling.scoring import DeadlineMeter
+from tiergate_engine.control import Promise
 
 _ERROR_BODY_BYTES = 1 << 20
 _PEEK_BYTES = 1 << 20
@@ -82,6 +83,7 @@ class Outgoing:
     request_id: str
     priority: int | None
     want_usage: bool
+    promise: Promise | None = None
 
 
 class Relay:
@@ -107,6 +109,7 @@ class Relay:
                 call.request.streamed,
                 out.priority,
                 want_usage,
+                out.promise,
             )
         )
         ticket.opened_s = ticket.last_bytes_s = self._clock()

@@ -106,6 +106,7 @@ class BackendNumbers:
     peak_kv_tokens: int
     queued_prefill_tokens: int
     promoted: int
+    driven: bool = False
 
 
 class FleetNumbers(Protocol):
@@ -153,6 +154,7 @@ class Telemetry:
         self.policy_version = 0
         self.policy_refused_version = 0
         self.policies_refused = 0
+        self.control: dict[tuple[str, ...], float] = {}  # changes by backend and rung
 
     def tier(self, name: str) -> _TierNumbers:
         found = self.tiers.get(name)
@@ -181,6 +183,10 @@ class Telemetry:
     def log_lost(self, lines: int) -> None:
         """The request log lost so many lines."""
         self.lost_log_lines += lines
+
+    def control_changed(self, backend: str, rung: str) -> None:
+        """The controller decided something else about a backend."""
+        self.control[backend, rung] = self.control.get((backend, rung), 0) + 1
 
     def failed_request(self, code: str) -> None:
         """An answer other than success, whatever made it."""
@@ -370,6 +376,18 @@ class _GatewayCollector(Collector):
             "Prompt tokens not yet answered",
             {keys[b.name]: b.queued_prefill_tokens for b in backends},
             labels,
+        )
+        yield _gauge(
+            "tiergate_backend_driven",
+            "1 while its steps are kept within its pace",
+            {keys[b.name]: int(b.driven) for b in backends},
+            labels,
+        )
+        yield _counter(
+            "tiergate_control_decisions",
+            "Changes of what a backend is set to, by how",
+            self._telemetry.control,
+            ("backend", "rung"),
         )
         yield _gauge(
             "tiergate_backend_promoted",

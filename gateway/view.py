@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gateway.dispatch import Shell
+from gateway.driving import Driving
 from gateway.fleet import GatewayFleet, Member, Phase
 from gateway.telemetry import BackendNumbers, Telemetry
 from scheduling.dispatcher import Dispatcher
+from scheduling.knobs import Setting
 from state.contract import Mode
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
@@ -17,8 +19,15 @@ class FleetView:
     """Reads the dispatcher, the fleet and the counters; changes nothing."""
 
     def __init__(
-        self, dispatcher: Dispatcher, fleet: GatewayFleet, shell: Shell, telemetry: Telemetry, version: str
+        self,
+        dispatcher: Dispatcher,
+        fleet: GatewayFleet,
+        shell: Shell,
+        telemetry: Telemetry,
+        driving: Driving,
+        version: str,
     ) -> None:
+        self._driving = driving
         self._dispatcher = dispatcher
         self._fleet = fleet
         self._shell = shell
@@ -55,6 +64,7 @@ class FleetView:
             peak_kv_tokens=load.peak_kv_tokens,
             queued_prefill_tokens=load.queued_prefill_tokens,
             promoted=sum(resident.guest for resident in ledger.residents.values()),
+            driven=member.driven,
         )
 
     def conserved(self) -> bool:
@@ -88,7 +98,7 @@ class FleetView:
             "decisions": dict(self._telemetry.outcomes),
             "refusals": dict(self._telemetry.refusals),
             "tiers": [self._tier(tier.name) for tier in self._dispatcher.tiers.tiers],
-            "backends": [self._backend(member, numbers) for member, numbers in self._pairs()],
+            "backends": [self._backend(member, numbers, now_s) for member, numbers in self._pairs()],
             "backend_seconds": self._dispatcher.fleet.backend_seconds(now_s),
             "prediction_error": {
                 "ttft_p50": self._telemetry.ttft_error.quantile(0.5),
@@ -134,7 +144,7 @@ class FleetView:
             }
         return found
 
-    def _backend(self, member: Member, numbers: BackendNumbers) -> dict[str, Json]:
+    def _backend(self, member: Member, numbers: BackendNumbers, now_s: float) -> dict[str, Json]:
         capabilities, learner = member.capabilities, member.learner
         ledger = self._dispatcher.fleet.get(member.name)
         tiers: dict[str, Json] = {}
@@ -163,4 +173,19 @@ class FleetView:
             "engine_running": member.engine.running,
             "engine_waiting": member.engine.waiting,
             "engine_kv_used": member.engine.kv_used_fraction,
+            "driven": member.driven,
+            "control": [_shown(one, now_s) for one in reversed(self._driving.controller.decisions(member.name))],
         }
+
+
+def _shown(setting: Setting, now_s: float) -> dict[str, Json]:
+    """What the controller decided, without what is the engine's own."""
+    numbers: dict[str, Json] = {
+        "chunk_tokens": setting.chunk_tokens,
+        "running_cap": setting.running_cap,
+        "prefill_tokens_s": setting.prefill_tokens_s,
+        "concurrency": setting.concurrency,
+        "tier": setting.tier,
+    }
+    told: dict[str, Json] = {"rung": setting.rung.value, "reason": setting.reason, "age_s": now_s - setting.at_s}
+    return told | {name: value for name, value in numbers.items() if value is not None}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,6 +33,7 @@ _WIDEST_LOG = math.log(50.0)  # a factor beyond 50 either way says that the obse
 _ENOUGH_ERRORS = 20  # before that many, an error quantile is the profile's own
 _UNKNOWN_ERROR = 0.5  # p90 of a prior that nobody has tested
 _FACTOR_EVERY = 8  # observations between refreshes of the factor that judges
+_TOLD_AT_ONCE = 4  # steps of a regime that are learned from, of those that an engine tells at once
 RATIO_WIDTH = 0.005  # of the bins in which ratios are told to others, in logarithms: half a percent
 ERROR_WIDTH = 0.002  # the same for errors
 
@@ -232,6 +233,19 @@ class Corrector:
             predicted_s += self._base.seconds_of(tokens, 1, done, area, decode_seqs, kv_tokens)
             done += tokens
         self._learn(self._mixed, predicted_s, seconds, count)
+
+    def observe_told(self, steps: Sequence[tuple[Step, float]], of: int | None = None) -> None:
+        """Steps that the engine itself told, with their seconds; `of` counts those that it did not tell as well.
+
+        Some of each regime are looked at, evenly spaced, so that what is remembered spans a while at any rate of
+        steps, and single steps, not means, set the error.
+        """
+        known = [[one for one in steps if bool(one[0].prefill_tokens) is mixed] for mixed in (False, True)]
+        count = len(steps) if of is None else max(of, len(steps))
+        for told in known:
+            looked = told[:: max(math.ceil(len(told) / _TOLD_AT_ONCE), 1)]
+            for step, seconds in looked:
+                self.observe(step, seconds, max(count * len(told) // (max(len(steps), 1) * len(looked)), 1))
 
     def snapshot(self) -> CorrectedProfile:
         """What is known now. Immutable; later observations do not change it."""

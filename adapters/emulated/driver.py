@@ -16,7 +16,7 @@ from typing import Protocol
 
 from adapters.emulated.histograms import Histogram
 from adapters.emulated.journal import Fate, Journal
-from tiergate_engine.model import Emitted, EngineModel, SequenceSpec
+from tiergate_engine.model import Emitted, EngineModel, PlannedStep, SequenceSpec
 
 EARLY_S = 0.0005
 """A timer may ring this much early: event-loop timers count whole milliseconds."""
@@ -46,6 +46,14 @@ class TokenSink(Protocol):
     def token(self, index: int, *, finished: bool) -> None:
         """Token `index` (from zero) is out; `finished` with the last one."""
         ...
+
+
+class StepWatch(Protocol):
+    """Whoever sets knobs before a step, and hears of it when it ended."""
+
+    def before(self, now_s: float) -> None: ...
+
+    def after(self, planned: PlannedStep, seconds: float) -> None: ...
 
 
 @dataclass(slots=True)
@@ -88,6 +96,7 @@ class EngineDriver:
     ) -> None:
         self.model = model
         self.stats = DriverStats()
+        self.watch: StepWatch | None = None
         self._journal = journal
         self._routes: dict[str, _Route] = {}
         self._wake = asyncio.Event()
@@ -142,6 +151,8 @@ class EngineDriver:
         start_s = loop.time()
         while True:
             self._wake.clear()
+            if self.watch is not None:
+                self.watch.before(loop.time())
             planned = model.next_step(self._model_time(start_s))
             if planned is None:
                 await self._wake.wait()
@@ -153,6 +164,8 @@ class EngineDriver:
             start_s = self._floor_s = self._due_s
             self._due_s = math.inf
             stats.busy_s += duration_s
+            if self.watch is not None:
+                self.watch.after(planned, duration_s)
             stats.step_tokens.observe(planned.step.tokens)
             stats.lateness.observe(max(late_s, 0.0))
             stats.worst_lateness_s = max(stats.worst_lateness_s, late_s)

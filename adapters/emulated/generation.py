@@ -19,6 +19,7 @@ from adapters.emulated.messages import (
     message_answer,
     message_error,
 )
+from adapters.emulated.plugin import EmulatedPlugin, Urgency
 from adapters.emulated.prompts import Prompt, Units, chat_units, prompt_units
 from adapters.emulated.protocol import (
     ChatBody,
@@ -32,6 +33,7 @@ from adapters.emulated.protocol import (
 from adapters.emulated.settings import FINGERPRINT, EmulatedSettings
 from adapters.emulated.sse import EventWriter, OpenAIWriter, Route, Usage
 from adapters.emulated.tokens import answer_key, draw_output_tokens, first_word
+from tiergate_engine.control import ControlError
 from tiergate_engine.model import EngineFull, SequenceSpec, SequenceTooLong
 
 EMBEDDING_DIMENSIONS = 8
@@ -44,6 +46,7 @@ class Generations:
     def __init__(self, settings: EmulatedSettings, driver: EngineDriver) -> None:
         self.settings = settings
         self.driver = driver
+        self.plugin: EmulatedPlugin | None = None
         self.in_progress = 0
         self._asked = 0
         self._serial = 0
@@ -90,15 +93,15 @@ class Generations:
     ) -> web.StreamResponse:
         self.check_model(body.model)
         check_generation(body)
-        priority = self._priority(request, body)
+        urgency = self._urgency(request, body)
         prefix = "cmpl-" if route is Route.COMPLETION else "chatcmpl-"
         response_id = prefix + (request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex)
         plans = self._plans(response_id, body, prompts, limit)
         self.in_progress += 1
         try:
             if body.stream:
-                return await self._stream(request, body, plans, prompts, priority, response_id, route)
-            return await self._whole(body, plans, prompts, priority, response_id, route)
+                return await self._stream(request, body, plans, prompts, urgency, response_id, route)
+            return await self._whole(body, plans, prompts, urgency, response_id, route)
         finally:
             self.in_progress -= 1
             self.driver.abort_all(plan.sequence_id for plan in plans)
@@ -151,7 +154,7 @@ class Generations:
         self,
         plans: Sequence[ChoicePlan],
         prompts: Sequence[Prompt],
-        priority: int,
+        urgency: Urgency,
         sinks: Sequence[WholeAnswer] | Stream,
     ) -> None:
         """Queue all sequences of a request, or none. Raises ApiError."""
@@ -163,7 +166,16 @@ class Generations:
         targets: Sequence[TokenSink] = sinks.choices if isinstance(sinks, Stream) else sinks
         for position, (plan, sink) in enumerate(zip(plans, targets, strict=True)):
             blocks = prompts[plan.prompt_index].blocks
-            spec = SequenceSpec(plan.sequence_id, plan.prompt_tokens, plan.output_tokens, priority, blocks)
+            spec = SequenceSpec(
+                plan.sequence_id,
+                plan.prompt_tokens,
+                plan.output_tokens,
+                urgency.priority,
+                blocks,
+                first_due_s=urgency.first_due_s,
+                pace_s=urgency.pace_s,
+                relegated=urgency.relegated,
+            )
             try:
                 self.driver.submit(spec, sink, by_length=plan.by_length)
             except (EngineFull, SequenceTooLong) as error:
@@ -178,12 +190,12 @@ class Generations:
         body: GenerationBody,
         plans: Sequence[ChoicePlan],
         prompts: Sequence[Prompt],
-        priority: int,
+        urgency: Urgency,
         response_id: str,
         route: Route,
     ) -> web.StreamResponse:
         answer = WholeAnswer(len(plans))
-        self._submit(plans, prompts, priority, [answer] * len(plans))
+        self._submit(plans, prompts, urgency, [answer] * len(plans))
         await answer.wait()
         asked = prompt_tokens(plans)
         produced = sum(plan.output_tokens for plan in plans)
@@ -228,7 +240,7 @@ class Generations:
         body: GenerationBody,
         plans: Sequence[ChoicePlan],
         prompts: Sequence[Prompt],
-        priority: int,
+        urgency: Urgency,
         response_id: str,
         route: Route,
     ) -> web.StreamResponse:
@@ -255,7 +267,7 @@ class Generations:
         response = web.StreamResponse(headers=_SSE_HEADERS)
         response.enable_chunked_encoding()
         try:
-            self._submit(plans, prompts, priority, stream)
+            self._submit(plans, prompts, urgency, stream)
         except ApiError as error:
             if error.status != 503 or not self.settings.faults.refuse_in_stream:
                 raise
@@ -267,6 +279,15 @@ class Generations:
             return response
         await response.write_eof(await stream.wait())
         return response
+
+    def _urgency(self, request: web.Request, body: GenerationBody) -> Urgency:
+        priority = self._priority(request, body)
+        if self.plugin is None:
+            return Urgency(priority)
+        try:
+            return self.plugin.urgency(priority, body.vllm_xargs)
+        except ControlError as error:
+            raise bad_request(str(error), "vllm_xargs") from error
 
     def _priority(self, request: web.Request, body: GenerationBody) -> int:
         priority = body.priority
@@ -307,7 +328,7 @@ class Generations:
         answer = WholeAnswer(len(plans))
         self.in_progress += 1
         try:
-            self._submit(plans, prompts, 0, [answer] * len(plans))
+            self._submit(plans, prompts, Urgency(), [answer] * len(plans))
             await answer.wait()
         finally:
             self.in_progress -= 1

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 
 from aiohttp import web
@@ -22,10 +22,12 @@ from adapters.emulated.errors import ApiError, bad_request
 from adapters.emulated.generation import Generations, json_answer, read_json
 from adapters.emulated.journal import Journal
 from adapters.emulated.lag import LoopLag
+from adapters.emulated.plugin import EmulatedPlugin
 from adapters.emulated.prompts import chat_units
 from adapters.emulated.protocol import DetokenizeBody, TokenizeBody, parse
 from adapters.emulated.settings import EMULATED_HEADER, OWNER, VERSION, EmulatedSettings
 from adapters.emulated.tokens import decode, encode
+from tiergate_engine.drive import Rules
 from tiergate_engine.model import EngineModel
 from tiergate_engine.step import StepTime
 
@@ -37,16 +39,24 @@ class EmulatedEngine:
 
     def __init__(self, settings: EmulatedSettings, step_time: StepTime, journal: Journal | None = None) -> None:
         self.settings = settings
-        model = EngineModel(settings.engine, step_time)
+        engine = settings.engine
+        if settings.plugin and engine.drive is None:
+            engine = replace(engine, drive=Rules())
+        model = EngineModel(engine, step_time)
         self.driver = EngineDriver(model, settings.noise_sigma, settings.seed, journal)
         self.lag: LoopLag | None = None  # the process's, while it is served
         self._started_s = int(time.time())
         self._generations = Generations(settings, self.driver)
+        self.plugin: EmulatedPlugin | None = None
+        if settings.plugin:
+            self.plugin = self._generations.plugin = self.driver.watch = EmulatedPlugin(model, step_time)
 
     def application(self) -> web.Application:
         """The aiohttp application with vLLM's routes."""
         app = web.Application(client_max_size=self.settings.max_body_bytes, middlewares=[_errors])
         app.on_response_prepare.append(_say_emulated)
+        if self.plugin is not None:
+            app.router.add_routes(self.plugin.routes())
         app.router.add_routes(
             [
                 web.post("/v1/chat/completions", self._generations.chat),

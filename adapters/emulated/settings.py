@@ -45,6 +45,7 @@ class EmulatedSettings:
         noise_sigma: step times are multiplied by a log-normal of this sigma and mean 1; 0 is none.
         keep_alive_s: how long an idle connection is kept; vLLM's default is 5 s.
         max_body_bytes: a longer request body is refused with 413.
+        plugin: it has Tiergate's plug-in, emulated as well: it takes orders, and promises with its requests.
     """
 
     model: str
@@ -54,4 +55,5 @@ class EmulatedSettings:
     noise_sigma: float = 0.0
     keep_alive_s: float = 5.0
     max_body_bytes: int = 64 * 2**20
+    plugin: bool = False
     faults: Faults = field(default_factory=Faults)

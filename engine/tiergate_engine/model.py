@@ -135,6 +135,12 @@ class EngineModel:
         most = self.config.max_running_seqs
         self._cap = most if sequences is None else min(sequences, most)
 
+    def drive_by(self, ruled: Ruled) -> None:
+        """Plan by these rules and step times from the next step on. Raises ValueError for a stock engine."""
+        if self._driver is None:
+            raise ValueError("a stock engine is not driven: give it EngineConfig.drive")
+        self._driver.rule(ruled)
+
     def decode_progress(self) -> list[tuple[str, int]]:
         """Every running decode with the tokens it has made so far."""
         steps = self.steps

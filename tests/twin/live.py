@@ -16,8 +16,8 @@ from adapters.emulated.server import EmulatedEngine
 from adapters.emulated.settings import EmulatedSettings
 from gateway.app import running
 from gateway.config import BackendSettings, PolicySettings, Settings, TierSettings
-from gateway.fleet import StepLearner, Teachers, Timing
 from gateway.pace import PrefillSample, StepSample
+from gateway.teachers import StepLearner, Teachers, Timing
 from scheduling.lengths import LengthModel
 from scheduling.policies import make
 from tests.twin.stepped import run_stepped
@@ -37,6 +37,7 @@ from tests.twin.world import (
     Outage,
 )
 from tiergate.root import wire
+from tiergate_engine.step import Step
 
 CONNECTIONS = 64  # to each engine: more than it ever has requests
 
@@ -50,6 +51,9 @@ class _Fixed:
         pass
 
     def observe_prefill(self, sample: PrefillSample) -> None:
+        pass
+
+    def observe_told(self, steps: Sequence[tuple[Step, float]], of: int) -> None:
         pass
 
     def timing(self) -> Timing:
@@ -143,6 +147,7 @@ def _settings(policy: str, machines: Sequence[_Machine]) -> Settings:
         ),
         default_tier=TIERS.default,
         policy=PolicySettings(name=policy),
+        driving=False,
         log_requests=False,
         seed=SEED,
     )

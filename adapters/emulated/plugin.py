@@ -1,0 +1,177 @@
+"""Tiergate's plug-in as an emulated engine has it: the same HTTP contract, around a model that can be driven.
+
+It emulates. Its model plans by the orders' rules and profile while they hold; a step takes as long as the engine's
+own step times say. Of a real plug-in it differs in one thing: a promise counts only when the engine was driven as
+its request came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from adapters.emulated.errors import bad_request
+from adapters.emulated.settings import EMULATES_VERSION
+from tiergate_engine.control import (
+    ORDERS_PATH,
+    STATE_PATH,
+    STEPS_PATH,
+    ControlError,
+    EngineState,
+    Mode,
+    Orders,
+    Promise,
+    SchedulerKind,
+    StepFact,
+    StepFacts,
+)
+from tiergate_engine.drive import Ruled, Rules
+from tiergate_engine.model import EngineModel, PlannedStep
+from tiergate_engine.step import StepTime
+from tiergate_engine.steptime import ScaledStepTime
+
+_KEPT_STEPS = 4096
+_NO_TIME = 1e-9  # steps that take next to none are never cut
+
+
+@dataclass(frozen=True, slots=True)
+class Urgency:
+    """How one request wants to be served; times are of the event loop's clock."""
+
+    priority: int = 0
+    first_due_s: float = math.inf
+    pace_s: float = math.inf
+    relegated: bool = False
+
+
+class EmulatedPlugin:
+    """What has been ordered, and the facts of the steps. Hears of each step from the engine's driver."""
+
+    def __init__(self, model: EngineModel, step_time: StepTime) -> None:
+        self.run_id = uuid.uuid4().hex[:8]
+        self.orders = Orders()
+        self.puts = 0
+        self._model = model
+        self._given_s: float | None = None
+        self._facts: deque[StepFact] = deque(maxlen=_KEPT_STEPS)
+        self._steps = 0
+        self._stock = Ruled(
+            Rules(deadline_order=False, skip=False, relegate=False), ScaledStepTime(step_time, _NO_TIME, _NO_TIME)
+        )
+        self._budget_tokens = model.config.max_batched_tokens
+        self._in_force = self.orders
+        model.drive_by(self._stock)
+
+    # --- for the engine --------------------------------------------------------------------------------------
+
+    def before(self, now_s: float) -> None:
+        """Set the knobs for the next step."""
+        orders = self._holding()
+        if orders is not self._in_force:
+            self._obey(orders)
+        if orders.chunk_tokens is not None:
+            decodes = len(self._model.decode_progress())
+            self._budget_tokens = min(decodes + orders.chunk_tokens, self._model.config.max_batched_tokens)
+            self._model.set_budget(self._budget_tokens)
+
+    def after(self, planned: PlannedStep, seconds: float) -> None:
+        """A step ended."""
+        self._facts.append(StepFact(planned.step, seconds, self._budget_tokens, self._model.held_up))
+        self._steps += 1
+
+    def urgency(self, priority: int, xargs: Mapping[str, object] | None) -> Urgency:
+        """What a request was promised, while the engine is driven. Raises ControlError."""
+        promise = Promise.from_xargs(xargs)
+        if self._holding().mode is not Mode.DRIVEN or promise.ttft_s is None:
+            return Urgency(priority)
+        pace_s = math.inf if promise.tpot_s is None else promise.tpot_s
+        return Urgency(priority, _now_s() + promise.ttft_s, pace_s, promise.relegated)
+
+    def _holding(self) -> Orders:
+        """The orders that have not lapsed."""
+        lapse_s = self.orders.lapse_s
+        age_s = self._age_s()
+        return Orders() if age_s is None or (lapse_s is not None and age_s > lapse_s) else self.orders
+
+    def _age_s(self) -> float | None:
+        return None if self._given_s is None else _now_s() - self._given_s
+
+    def _obey(self, orders: Orders) -> None:
+        self._in_force = orders
+        driven = orders.mode is Mode.DRIVEN and orders.profile is not None
+        self._model.drive_by(Ruled(orders.rules, orders.profile) if driven and orders.profile else self._stock)
+        self._model.set_running_cap(orders.running_cap)
+        self._model.set_budget(None)
+        self._budget_tokens = self._model.config.max_batched_tokens
+
+    # --- for the gateway -------------------------------------------------------------------------------------
+
+    def routes(self) -> Sequence[web.RouteDef]:
+        """The contract's routes."""
+        return [
+            web.get(STATE_PATH, self._tell_state),
+            web.put(ORDERS_PATH, self._take_orders),
+            web.get(STEPS_PATH, self._tell_steps),
+        ]
+
+    def state(self) -> EngineState:
+        """What `GET /v1/tiergate/state` tells."""
+        model, config = self._model, self._model.config
+        return EngineState(
+            run_id=self.run_id,
+            engine="vllm",
+            engine_version=EMULATES_VERSION,
+            tested=True,
+            scheduler=SchedulerKind.ASYNC if config.async_scheduling else SchedulerKind.SYNC,
+            mode=self._holding().mode,
+            orders_digest=None if self._given_s is None else self.orders.digest,
+            orders_age_s=self._age_s(),
+            steps=self._steps,
+            running=model.running,
+            waiting=model.waiting,
+            kv_usage=model.kv_used_tokens / model.kv_capacity_tokens,
+            budget_tokens=self._budget_tokens,
+            max_batched_tokens=config.max_batched_tokens,
+            max_running_seqs=config.max_running_seqs,
+        )
+
+    def forget(self) -> None:
+        """As after a restart: nobody has spoken to it, and its steps count from zero."""
+        self.run_id = uuid.uuid4().hex[:8]
+        self.orders, self._given_s, self._steps = Orders(), None, 0
+        self._facts.clear()
+
+    async def _tell_state(self, _: web.Request) -> web.Response:
+        return _document(self.state().to_json())
+
+    async def _take_orders(self, request: web.Request) -> web.Response:
+        try:
+            self.orders = Orders.from_json(await request.read())
+        except ControlError as error:
+            raise bad_request(str(error)) from error
+        self._given_s = _now_s()
+        self.puts += 1
+        return _document(self.state().to_json())
+
+    async def _tell_steps(self, request: web.Request) -> web.Response:
+        since = request.query.get("since", "0")
+        if not (since.isascii() and since.isdecimal()):
+            raise bad_request(f"since must be the number of a step, not {since!r:.40}")
+        oldest = self._steps - len(self._facts)
+        first = min(max(int(since), oldest), self._steps)
+        return _document(StepFacts(self.run_id, first, tuple(self._facts)[first - oldest :]).to_json())
+
+
+def _now_s() -> float:
+    """The clock by which the engine's model runs."""
+    return asyncio.get_running_loop().time()
+
+
+def _document(text: str) -> web.Response:
+    return web.Response(text=text, content_type="application/json")
