@@ -215,9 +215,9 @@ async def measure_steps(adapter: VllmAdapter, url: str, load: Load) -> tuple[Fit
     return fit([Observation(fact.step, fact.seconds) for fact in facts]), len(facts)
 
 
-def arms_of(wanted: Sequence[str], profile: Fit, margin: float) -> dict[str, Orders]:
+def arms_of(wanted: Sequence[str], profile: Fit, rules: Rules) -> dict[str, Orders]:
     """Orders by arm."""
-    driven = Orders(Mode.DRIVEN, profile.step_time, Rules(margin=margin))
+    driven = Orders(Mode.DRIVEN, profile.step_time, rules)
 
     def without(**off: bool) -> Orders:
         return replace(driven, rules=replace(driven.rules, **off))
@@ -304,7 +304,7 @@ async def bench(url: str, args: argparse.Namespace) -> dict[str, list[Outcome]]:
         profile, observed = await measure_steps(adapter, url, watched)
         load = promised(profile, args)
         margin = introduce(profile, observed, load, args.margin)
-        arms = arms_of(args.arm, profile, margin)
+        arms = arms_of(args.arm, profile, Rules(margin=margin, longest_s=args.longest * load.tight.ttft_s))
         for repetition in range(args.repetitions):
             order = list(arms.items())
             random.Random(repetition).shuffle(order)
@@ -351,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--margin", type=float, default=0.0, help="on step times; 0: the fit's p90 error")
     parser.add_argument("--pace", type=float, default=2.5, help="tight pace, in steps of four decodes")
-    parser.add_argument("--reserve", type=float, default=1.0, help="tight paces that the engine keeps in hand")
+    parser.add_argument("--longest", type=float, default=0.4, help="longest driven step, in tight TTFTs")
+    parser.add_argument("--reserve", type=float, default=2.0, help="tight paces that the engine keeps in hand")
     parser.add_argument("--tight-share", type=float, default=3.0, help="tight streams at a time, at their pace")
     parser.add_argument("--loose-share", type=float, default=0.5, help="of the engine's time for loose prompts")
     parser.add_argument("--tight-tokens", type=int, default=80)

@@ -359,7 +359,7 @@ class Promise:
 
 
 def digest_of(text: str) -> str:
-    """`Orders.digest` of orders that came as this text. A plug-in of another release knows fewer fields of them."""
+    """`Orders.digest` of orders that came as this text; another release's plug-in may know fewer fields of it."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from tiergate_engine.control import Mode, Orders, StepFact
-from tiergate_engine.drive import Decode, Ruled, Rules, StepPlan, is_late, plan_step
+from tiergate_engine.drive import Decode, Ruled, StepPlan, is_late, plan_step
 from tiergate_engine.fill import Prefill, StepLimits
 from tiergate_engine.step import Step, StepTime
 from tiergate_engine.vllm.facts import FactsRing
@@ -115,7 +115,7 @@ class Pilot:
     _back_s: float = -math.inf
 
     def order(self, orders: Orders, now_s: float, digest: str | None = None) -> None:
-        """Obey these from the next step on. `digest`: of the text they came in, which may say more than is known."""
+        """Obey these from the next step on. `digest`: of the text they came in, which may say more than this."""
         self.orders, self.given_s, self.watched_s = orders, now_s, now_s
         self.digest = orders.digest if digest is None else digest
 
@@ -185,9 +185,10 @@ class Pilot:
             if free_blocks < 0:
                 free_blocks = 0
                 rules = replace(rules, skip=False)  # vLLM must see whom it may preempt
-        prompts = running.prefills + _heads(situation, free_s, rules, profile)
+        ruled = Ruled(rules, profile)
+        prompts = running.prefills + _heads(situation, budget, free_s, ruled)
         if not prompts:
-            decode_s = Ruled(rules, profile).decode_seconds(len(running.asks), running.kv_tokens)
+            decode_s = ruled.decode_seconds(len(running.asks), running.kv_tokens)
             if not rules.skip or running.least_slack_s >= decode_s:  # most steps are such, and planning costs time
                 return Turn(running.done + running.decodes, frozenset(), budget, cap)
         admitted = len(running.prefills)
@@ -238,22 +239,29 @@ class Pilot:
         return now_s - self.watched_s <= WATCHED_S or self.mode(now_s) is Mode.DRIVEN
 
 
-def _heads(situation: Situation, free_s: float, rules: Rules, step_time: StepTime) -> list[EngineRequest]:
-    """The prompts that vLLM would admit next: those that hold memory already, then the head of the queue.
+def _heads(situation: Situation, tokens: int, free_s: float, ruled: Ruled) -> list[EngineRequest]:
+    """The prompts that vLLM would admit next, as far as a step's `tokens` go: those that hold memory already, then
+    the head of the queue.
 
     Prompts that can no longer be on time are put behind the others on the way, for good: the plan judges them the
     same way, and vLLM's order has to be the plan's.
     """
     heads = list(situation.holding)
     queue = situation.queue
-    if isinstance(queue, DeadlineQueue):
-        if rules.relegate:
-            ruled = Ruled(rules, step_time)
-            for one in queue.first(HEADS):
-                if not queue.given_up(one) and is_late(_prefill(one, free_s, False), ruled):
-                    queue.give_up(one)
-        return heads + queue.first(HEADS)
-    return heads + list(islice(queue, HEADS))
+    if not isinstance(queue, DeadlineQueue):
+        return heads + list(islice(queue, HEADS))
+    for one in queue.first(HEADS):
+        if queue.given_up(one):
+            break
+        prompt = _prefill(one, free_s, False)
+        if ruled.rules.relegate and is_late(prompt, ruled):
+            queue.give_up(one)
+            continue
+        heads.append(one)
+        tokens -= prompt.tokens
+        if tokens <= 0:
+            return heads
+    return [*situation.holding, *queue.first(HEADS)]
 
 
 def _by_want(running: Sequence[EngineRequest], free_s: float) -> _Running:
@@ -292,6 +300,12 @@ def _by_want(running: Sequence[EngineRequest], free_s: float) -> _Running:
 def _prefill(one: EngineRequest, free_s: float, admitted: bool) -> Prefill:
     computed = one.num_computed_tokens
     tokens = max(one.num_tokens + one.num_output_placeholders - computed, 1)
+    transfer = one.kv_transfer_params
+    if transfer and not admitted and transfer.get("do_remote_prefill"):
+        computed, tokens = (
+            computed + tokens - 1,
+            1,
+        )  # another engine computed the rest: only its last token is left
     return Prefill(tokens, computed, admitted, next_due_s(one) - free_s, one.tiergate_due.relegated)
 
 

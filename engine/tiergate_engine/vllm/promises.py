@@ -42,6 +42,7 @@ class EngineRequest(Protocol):
     num_output_placeholders: int
     is_prefill_chunk: bool
     spec_token_ids: list[int]
+    kv_transfer_params: dict[str, object] | None
 
     @property
     def num_tokens(self) -> int: ...

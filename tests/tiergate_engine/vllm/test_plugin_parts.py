@@ -38,6 +38,7 @@ class FakeRequest:
     num_output_placeholders: int = 0
     is_prefill_chunk: bool = False
     spec_token_ids: list[int] = field(default_factory=list)
+    kv_transfer_params: dict[str, object] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -219,6 +220,11 @@ class TestTurns:
         queue = DeadlineQueue([late, good])
         pilot().turn(Situation([], [], queue, 2048, 64), 0.0)
         assert list(queue) == [good, late]
+
+    def test_a_prompt_that_another_engine_computed_asks_for_one_token(self) -> None:
+        tight = decode(Due(0.005, 0.006))  # leaves room for a few tokens
+        prompt = FakeRequest(num_prompt_tokens=2000, kv_transfer_params={"do_remote_prefill": True})
+        assert turn_of([tight], [prompt]).budget_tokens == 1 + 1
 
     def test_a_step_is_never_planned_empty(self) -> None:
         turn = turn_of([], [FakeRequest(num_prompt_tokens=100, tiergate_due=Due(1.0, 0.1))])
