@@ -141,15 +141,17 @@ class VllmAdapter(MonitoredAdapter):
         return positive_int(answer.json_object().get("server_load")) if answer.status == 200 else None
 
     def prepare(self, request: OutgoingRequest) -> UpstreamCall:
-        """As OpenAI, and the priority in a header (a client's own one is dropped).
+        """As OpenAI, and the priority in a header (a client's own one is dropped); the least urgent without one.
 
         An engine with Tiergate's plug-in gets the promise in the body, among `vllm_xargs`; what a client says
         there in the plug-in's words is dropped.
         """
         call = super().prepare(request)
         headers = {name: value for name, value in call.headers.items() if name.lower() != _PRIORITY_HEADER}
-        if request.priority is not None and self._sends_priority:
-            headers[_PRIORITY_HEADER] = str(max(-_INT64, min(request.priority, _INT64 - 1)))
+        if self._sends_priority:
+            # without one a request counts as 0, which is before all that have time left
+            priority = _INT64 - 1 if request.priority is None else request.priority
+            headers[_PRIORITY_HEADER] = str(max(-_INT64, min(priority, _INT64 - 1)))
         body = call.body
         if self._control.drivable and call.path in _GENERATIONS:
             body = with_promise(body, request.promise)

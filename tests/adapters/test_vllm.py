@@ -276,9 +276,11 @@ class TestVerbs:
     async def test_a_clients_own_priority_header_is_dropped(self, serve_app: ServeApp, connect: Connect) -> None:
         adapter = VllmAdapter(connect(await serve_app(Engine().app())), priority=Support.YES)
         headers = {"X-VLLM-Priority": "-999"}
-        assert "x-vllm-priority" not in {name.lower() for name in adapter.prepare(outgoing(None, headers)).headers}
-        sent = adapter.prepare(outgoing(2**70, headers)).headers
-        assert [value for name, value in sent.items() if name.lower() == "x-vllm-priority"] == [str(2**63 - 1)]
+        for priority in (None, 2**70):  # without one it would count as 0: before all that have time left
+            sent = adapter.prepare(outgoing(priority, headers)).headers
+            assert [value for name, value in sent.items() if name.lower() == "x-vllm-priority"] == [str(2**63 - 1)]
+        mute = VllmAdapter(connect(await serve_app(Engine().app())), priority=Support.NO)
+        assert "x-vllm-priority" not in {name.lower() for name in mute.prepare(outgoing(None, headers)).headers}
 
 
 class TestExposition:
