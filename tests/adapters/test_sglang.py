@@ -18,7 +18,7 @@ from .conftest import Connect, until
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 MESSAGES = [{"role": "user", "content": "a b c"}]
-OVERLOADED = {"overloaded": True}
+LONG = 201  # the seed of an answer of thousands of tokens
 
 
 def outgoing(path: str, body: Mapping[str, object], **more: object) -> OutgoingRequest:
@@ -139,7 +139,7 @@ class TestKnobs:
             adapter = SglangAdapter(connect(fake.url))
             await adapter.probe()
             await adapter.set_running_cap(1)
-            body = {"messages": MESSAGES, "max_tokens": 3000, "stream": True, "seed": 1}
+            body = {"messages": MESSAGES, "max_tokens": 3000, "stream": True, "seed": LONG}
             calls = [adapter.prepare(outgoing(CHAT, body, request_id=f"r-{number}")) for number in range(2)]
             async with asyncio.TaskGroup() as tasks:
                 opening = [tasks.create_task(adapter.upstream.open(call)) for call in calls]
@@ -204,11 +204,11 @@ class TestKnobs:
 
 class TestLoad:
     async def test_loads(self, connect: Connect) -> None:
-        async with fake_sglang(limits=Limits(ranks=2), step_s=0.005) as fake:
+        async with fake_sglang(limits=Limits(ranks=2), step_s=0.03) as fake:
             adapter = SglangAdapter(connect(fake.url))
             await adapter.probe()
             assert (await adapter.read_load()).running == 0
-            body = {"messages": MESSAGES, "stream": True, "seed": 1}
+            body = {"messages": MESSAGES, "stream": True, "seed": LONG}
             response = await adapter.upstream.open(adapter.prepare(outgoing(CHAT, body)))
             assert (await adapter.read_load()).running == 0, "a snapshot is as old as it is"
             async with asyncio.timeout(10):
@@ -237,7 +237,7 @@ class TestLoad:
             adapter = SglangAdapter(connect(fake.url))
             assert (await adapter.probe()).load is Support.YES
             await adapter.set_running_cap(1)
-            body = {"messages": MESSAGES, "stream": True, "seed": 1}
+            body = {"messages": MESSAGES, "stream": True, "seed": LONG}
             async with asyncio.TaskGroup() as tasks:
                 calls = [
                     adapter.prepare(outgoing(CHAT, body, request_id=str(one), priority=one)) for one in (1, 9)
@@ -423,7 +423,7 @@ class TestAbort:
         async with fake_sglang(step_s=0.005) as fake:
             adapter = SglangAdapter(connect(fake.url))
             await adapter.probe()
-            body = {"messages": MESSAGES, "stream": True, "seed": 1, "max_tokens": 3_000}
+            body = {"messages": MESSAGES, "stream": True, "seed": LONG, "max_tokens": 3_000}
             open_ones = {}
             for name in ("r-1", "r-10"):
                 call = adapter.prepare(outgoing(CHAT, body, request_id=name))

@@ -26,6 +26,7 @@ from tiergate_engine.steptime import RooflineStepTime
 
 KINDS = ("vllm", "sglang", "tgi")
 _SGLANG, _TGI = sglang.Habits(), tgi.Habits()
+_LONG = 201  # the seed of an answer of thousands of tokens
 TIERS = ("fast", "summary", "batch")
 
 
@@ -161,7 +162,7 @@ async def test_priorities_reach_the_one_that_schedules_by_them() -> None:
 async def test_clients_that_leave_free_every_engine(gone: str) -> None:
     async with fleet(policy={"name": "round_robin"}) as made:
         for _ in range(6):
-            async with made.ask.chat(seed=1, max_tokens=3_000) as answer:
+            async with made.ask.chat(seed=_LONG, max_tokens=3_000) as answer:
                 await answer.content.readany()
                 if answer.headers["x-tiergate-backend"] == gone:
                     answer.close()
@@ -178,7 +179,7 @@ async def test_one_that_would_go_on_without_its_client_is_told_to_stop() -> None
         for stream in (True, False):
             for _ in range(3):
                 async with asyncio.TaskGroup() as tasks:
-                    asking = tasks.create_task(made.ask.read_chat(stream=stream, seed=1, max_tokens=4_000))
+                    asking = tasks.create_task(made.ask.read_chat(stream=stream, seed=_LONG, max_tokens=4_000))
                     await until(lambda: sum(made.left()) > 0)
                     asking.cancel()
                 await until(lambda: made.left() == (0, 0, 0, 0))
