@@ -270,9 +270,7 @@ class TestStreams:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(read("early", response))
                 tasks.create_task(read("late", behind))
-            assert ended == ["late", "early"], (
-                "the late prompt is computed before the early one goes on"
-            )
+            assert ended == ["late", "early"], "the late prompt is computed before the early one goes on"
 
 
 class TestOwnRoutes:
