@@ -182,6 +182,7 @@ class Exchange:
         if settings.keys:
             headers = without_keys(headers)
         arrived = parts.shell.counts.arrived
+        told = parts.endpoints.takes_promises(order.backend)
         return Outgoing(
             parts.endpoints.adapter(order.backend),
             parts.endpoints.capabilities(order.backend),
@@ -190,18 +191,8 @@ class Exchange:
             # Milliseconds to the first deadline: the engine serves the more urgent first.
             None if math.isinf(order.priority) else int(order.priority * 1e3),
             arrived <= _USAGE_FIRST or arrived % settings.tokens.usage_every == 0,
-            self._promise(order),
+            promise_of(self._call.request, order, parts.clock()) if told else None,
         )
-
-    def _promise(self, order: Open) -> Promise | None:
-        """What the engine is told that the request was promised, where it plans by that: times from now on."""
-        if not self._parts.endpoints.takes_promises(order.backend):
-            return None
-        request = self._call.request
-        ttft_s, tpot_s = request.slo.ttft_s, request.slo.tpot_s
-        if ttft_s is not None:
-            ttft_s += request.arrival_s - self._parts.clock()
-        return Promise(ttft_s, tpot_s, order.decision.outcome is Outcome.RELEGATED)
 
     def _refusal(self, order: Refuse) -> ApiError:
         failure = self._failure
@@ -362,6 +353,14 @@ class Exchange:
             tpot_s=meter.mean_tpot_s * request.sequences if timed and meter.mean_tpot_s is not None else None,
             time=wall_clock(),
         )
+
+
+def promise_of(request: Request, order: Open, now_s: float) -> Promise:
+    """What the request was promised, as an engine is told that plans by it: times from now on."""
+    ttft_s, tpot_s = request.slo.ttft_s, request.slo.tpot_s
+    if ttft_s is not None:
+        ttft_s += request.arrival_s - now_s
+    return Promise(ttft_s, tpot_s, order.decision.outcome is Outcome.RELEGATED)
 
 
 def predicted(decision: Decision) -> tuple[float | None, float | None]:

@@ -1,6 +1,7 @@
 """The part of the configuration that a fleet's replicas share, and its form in the store.
 
-Tiers, backends, client keys and the placing policy are one document (`state.documents`). Client keys stand in it
+Tiers, backends, client keys, the placing policy and whether engines are driven are one document
+(`state.documents`). Client keys stand in it
 as SHA-256 digests, so the store never holds what lets a client in. Backends' own keys stand in it as they are,
 because every replica must send them: who can read the store can read those.
 """
@@ -33,6 +34,7 @@ class FleetPolicy(BaseModel):
     backends: tuple[BackendSettings, ...]
     keys: tuple[KeySettings, ...]
     policy: PolicySettings
+    driving: bool = True
 
 
 SECTIONS = tuple(FleetPolicy.model_fields)
@@ -50,6 +52,7 @@ def policy_of(settings: Settings) -> FleetPolicy:
         backends=settings.backends,
         keys=keys,
         policy=settings.policy,
+        driving=settings.driving,
     )
 
 

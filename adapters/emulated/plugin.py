@@ -37,6 +37,7 @@ from tiergate_engine.step import StepTime
 from tiergate_engine.steptime import ScaledStepTime
 
 _KEPT_STEPS = 4096
+_STOCK = Orders()
 _NO_TIME = 1e-9  # steps that take next to none are never cut
 
 
@@ -51,12 +52,16 @@ class Urgency:
 
 
 class EmulatedPlugin:
-    """What has been ordered, and the facts of the steps. Hears of each step from the engine's driver."""
+    """What has been ordered, and the facts of the steps. Hears of each step from the engine's driver.
+
+    `refuses`, a fault on purpose: why it is not driven whatever the orders say.
+    """
 
     def __init__(self, model: EngineModel, step_time: StepTime) -> None:
         self.run_id = uuid.uuid4().hex[:8]
-        self.orders = Orders()
+        self.orders = _STOCK
         self.puts = 0
+        self.refuses: str | None = None
         self._model = model
         self._given_s: float | None = None
         self._facts: deque[StepFact] = deque(maxlen=_KEPT_STEPS)
@@ -97,7 +102,9 @@ class EmulatedPlugin:
         """The orders that have not lapsed."""
         lapse_s = self.orders.lapse_s
         age_s = self._age_s()
-        return Orders() if age_s is None or (lapse_s is not None and age_s > lapse_s) else self.orders
+        lapsed = age_s is None or (lapse_s is not None and age_s > lapse_s)
+        refused = self.refuses is not None and self.orders.mode is Mode.DRIVEN
+        return _STOCK if lapsed or refused else self.orders
 
     def _age_s(self) -> float | None:
         return None if self._given_s is None else _now_s() - self._given_s
@@ -120,6 +127,10 @@ class EmulatedPlugin:
             web.get(STEPS_PATH, self._tell_steps),
         ]
 
+    def facts(self) -> tuple[StepFact, ...]:
+        """The latest steps."""
+        return tuple(self._facts)
+
     def state(self) -> EngineState:
         """What `GET /v1/tiergate/state` tells."""
         model, config = self._model, self._model.config
@@ -139,12 +150,13 @@ class EmulatedPlugin:
             budget_tokens=self._budget_tokens,
             max_batched_tokens=config.max_batched_tokens,
             max_running_seqs=config.max_running_seqs,
+            note=self.refuses,
         )
 
     def forget(self) -> None:
         """As after a restart: nobody has spoken to it, and its steps count from zero."""
         self.run_id = uuid.uuid4().hex[:8]
-        self.orders, self._given_s, self._steps = Orders(), None, 0
+        self.orders, self._given_s, self._steps = _STOCK, None, 0
         self._facts.clear()
 
     async def _tell_state(self, _: web.Request) -> web.Response:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiles import load
@@ -56,6 +56,7 @@ def _ledger(
 
 
 class TestTheChunkBudget:
+    @settings(max_examples=40)
     @given(
         decodes=st.integers(0, 60),
         queued=st.integers(0, 3),
@@ -94,6 +95,7 @@ class TestTheChunkBudget:
         assert chunk_budget(_ledger(1), math.inf, _OPTIONS) == math.inf
 
 
+@settings(max_examples=40)
 @given(seqs=st.integers(0, 60), pace_s=st.floats(0.005, 0.2), kv=st.integers(10, 20_000))
 def test_the_running_cap_keeps_the_pace(seqs: int, pace_s: float, kv: int) -> None:
     ledger = _ledger(seqs, tokens=kv)
