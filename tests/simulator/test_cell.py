@@ -54,6 +54,34 @@ def test_every_contender_serves_every_request_once(name: str) -> None:
     assert outcome.decisions >= 450
 
 
+DRIVEN: dict[str, Knob] = {
+    "chunk_from_slack": True,
+    "deadline_order": True,
+    "skip_loose": True,
+    "relegate_late": True,
+}
+
+
+def test_engines_driven_by_slack_keep_every_promise_that_polyserve_makes() -> None:
+    """What the policy admits at the host's pace, engines that spend slack serve on time, more of it, and sooner."""
+    paced, driven = run_cell(cell("polyserve_co", 75.0)), run_cell(cell("polyserve_co", 75.0, **DRIVEN))
+    assert driven.overall.attained == driven.overall.finished
+    assert driven.overall.attained >= paced.overall.attained
+    first_s = (driven.overall.ttft_p50_s, paced.overall.ttft_p50_s)
+    assert first_s[0] is not None
+    assert first_s[1] is not None
+    assert first_s[0] < first_s[1]
+
+
+def test_a_driven_engine_gives_up_what_is_late_and_so_keeps_the_rest() -> None:
+    """A router that looks at nobody's pace and refuses nobody, with more than the fleet can do."""
+    knobs: dict[str, Knob] = {**DRIVEN, "refusal": False, "chunk_tokens": 2048}
+    kept = run_cell(cell("lmetric", 140.0, **knobs))
+    late = run_cell(cell("lmetric", 140.0, **{**knobs, "relegate_late": False}))
+    assert kept.overall.finished == late.overall.finished == 300
+    assert kept.overall.attained > late.overall.attained
+
+
 def test_the_same_cell_gives_the_same_outcome() -> None:
     first, again = run_cell(cell("polyserve_co")), run_cell(cell("polyserve_co"))
     assert plain(first) == plain(again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -17,6 +18,7 @@ from scheduling.tiers import Slo, Tier, TierSet
 from simulator.contenders import KNOBS, KnobInfo, UnknownContender, about, knobs_of, names, one_bin, setup_for
 from simulator.scenario import Contender, Form, Knob
 from simulator.setup import Setup
+from tiergate_engine.drive import Rules
 
 
 def made(name: str, **knobs: Knob) -> Setup:
@@ -92,6 +94,29 @@ def test_knobs_of_the_dispatcher_and_the_engines() -> None:
     assert not made("polyserve_co", driven=False).driven
     assert made("qoserve_silo").driven
     assert made("minimal", lengths="known", margin=1.5).margin == 1.5
+
+
+def test_engines_are_driven_by_the_mechanisms_that_are_on() -> None:
+    mechanisms = ("chunk_from_slack", "deadline_order", "skip_loose", "relegate_late")
+    assert all(made(name).drive is None for name in names()), "as published"
+    everything: dict[str, Knob] = dict.fromkeys(mechanisms, True)
+    assert made("polyserve_co", **everything).drive == Rules()
+    assert made("lmetric", **everything).drive == Rules()
+    for knob, rule in zip(mechanisms, ("chunk_from_slack", "deadline_order", "skip", "relegate"), strict=True):
+        assert made("polyserve_co", **{**everything, knob: False}).drive == replace(Rules(), **{rule: False})
+        alone = made("polyserve_co", **{knob: True}).drive
+        assert alone is not None
+        assert [getattr(alone, each) for each in ("chunk_from_slack", "deadline_order", "skip", "relegate")] == [
+            each == knob for each in mechanisms
+        ]
+
+
+def test_a_pace_is_set_from_outside_unless_slack_sets_the_steps() -> None:
+    assert made("polyserve_co").paced
+    assert made("polyserve_co", deadline_order=True).paced
+    assert not made("polyserve_co", chunk_from_slack=True).paced
+    assert made("polyserve_co", chunk_from_slack=True).driven, "what the policy counts on"
+    assert not made("polyserve_co", driven=False).paced
 
 
 def test_prefill_backends_have_a_gradient_of_their_own() -> None:
