@@ -63,7 +63,7 @@ DRIVEN: dict[str, Knob] = {
 
 
 def test_engines_driven_by_slack_keep_every_promise_that_polyserve_makes() -> None:
-    """What the policy admits at the host's pace, engines that spend slack serve on time, more of it, and sooner."""
+    """What the policy admits at the host's pace, engines that spend slack serve on time: more, and sooner."""
     paced, driven = run_cell(cell("polyserve_co", 75.0)), run_cell(cell("polyserve_co", 75.0, **DRIVEN))
     assert driven.overall.attained == driven.overall.finished
     assert driven.overall.attained >= paced.overall.attained

@@ -191,9 +191,11 @@ def test_prompts_that_cannot_be_admitted_make_nobody_wait() -> None:
 def test_somebody_always_decodes() -> None:
     """A prompt may find no KV block, and then nothing at all would go on."""
     decodes = [Decode(50_000, 0.3, 0.1)] * 2
-    planned = plan(decodes, [Prefill(300, remaining_s=0.13)], limits=replace(LIMITS, free_blocks=0))
-    assert len(planned.skipped) == 1
-    assert planned.tokens > 0
+    one_out, both_out = Prefill(300, remaining_s=0.13), Prefill(500, remaining_s=0.08)
+    assert len(plan(decodes, [one_out], limits=replace(LIMITS, free_blocks=0)).skipped) == 1
+    planned = plan(decodes, [both_out], limits=replace(LIMITS, free_blocks=0))
+    assert not planned.skipped
+    assert planned.tokens == 2
 
 
 # --- prompts ------------------------------------------------------------------------------------------------

@@ -184,6 +184,29 @@ def test_loose_decodes_make_way_for_a_tight_stream_and_are_on_time_themselves() 
         assert not any(late(spec, times[spec.sequence_id]) for spec in loose)
 
 
+@pytest.mark.parametrize("kv_tokens", [9_600, 8_080, 7_456, 7_040])
+def test_no_block_is_lost_on_who_is_left_out_nor_when_blocks_run_short_just_then(kv_tokens: int) -> None:
+    config = replace(CONFIG, max_running_seqs=64, kv_tokens=kv_tokens)
+    model, now_s, number, left_out = engine(config), 0.0, 0, 0
+    tokens: dict[str, int] = {}
+    for index in range(20):
+        model.submit(promised(f"loose{index}", 300 + index, 150, 4000, 400), 0.0)
+    while (planned := model.next_step(now_s)) is not None:
+        left_out += model.held_up
+        now_s += planned.duration_s
+        number += 1
+        if number == 18:
+            model.submit(SequenceSpec("tight", 40, 200, first_due_s=now_s + ms(100), pace_s=ms(13)), now_s)
+        assert planned.step.decode_seqs + model.held_up <= model.running
+        for token in model.finish_step(now_s):
+            tokens[token.sequence_id] = tokens.get(token.sequence_id, 0) + 1
+            assert token.index + 1 == tokens[token.sequence_id]
+    assert left_out > 0
+    assert (model.preemptions > 0) is (kv_tokens < 9_000)
+    assert sum(tokens.values()) == 20 * 150 + 200
+    assert model.kv_used_tokens == 0
+
+
 def test_who_was_left_out_comes_back_as_a_milestone() -> None:
     """So that whoever infers the tokens in between from the count of steps sees the pause."""
     config = replace(CONFIG, max_running_seqs=64)
