@@ -110,7 +110,7 @@ class Gateway:
             clock,
         )
         self.api = Api(parts, self.fleet, Generator(parts, secrets.token_hex(6)), self.gate)
-        self.driving = Driving(self.fleet, wiring.dispatcher, self.live, self.telemetry, clock)
+        self.driving = Driving(self.fleet, wiring.dispatcher, self.shell, self.live, self.telemetry, clock)
         self.view = FleetView(
             wiring.dispatcher, self.fleet, self.shell, self.telemetry, self.driving, wiring.version
         )

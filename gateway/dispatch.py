@@ -232,6 +232,11 @@ class Shell:
                     ticket.give(action)
         self._arm()
 
+    def move(self, claim: Claim) -> None:
+        """Have a backend work for another tier, if nobody has moved it meanwhile."""
+        self._moves.append(claim)
+        self._work.set()
+
     def _arm(self) -> None:
         wake_s = self._core.next_wake_s()
         if wake_s is None:

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from adapters.contract import Adapter, Capabilities, Drivable, Support, Unsupported, UpstreamError
+from gateway.dispatch import Shell
 from gateway.fleet import GatewayFleet, Member, Phase
 from gateway.live import Live
 from gateway.telemetry import Telemetry
 from scheduling.control import Controller, must_speak
 from scheduling.dispatcher import Dispatcher
+from scheduling.events import Claim
 from scheduling.knobs import ControlOptions, Means, Rung, Setting
+from scheduling.ledger import Ledger
 from tiergate_engine.control import EngineState, Mode, Orders
 
 log = logging.getLogger("tiergate.driving")
@@ -54,6 +57,7 @@ class Driving:
         self,
         fleet: GatewayFleet,
         dispatcher: Dispatcher,
+        shell: Shell,
         live: Live,
         telemetry: Telemetry,
         clock: Callable[[], float],
@@ -61,6 +65,7 @@ class Driving:
         self.controller = Controller(ControlOptions())
         self._fleet = fleet
         self._dispatcher = dispatcher
+        self._shell = shell
         self._live = live
         self._telemetry = telemetry
         self._clock = clock
@@ -134,6 +139,8 @@ class Driving:
             self._bar(member, engine, setting.rung.value, error)
             driven = False
         engine.failures = 0
+        if setting.tier is not None:
+            self._loosen(member, ledger, setting)
         self._fleet.keeps(member, driven=driven, most_seqs=setting.concurrency)
 
     # --- what an engine can be told --------------------------------------------------------------------------
@@ -165,6 +172,7 @@ class Driving:
             orders=has(capabilities.driven, Rung.DRIVEN),
             chunk_budget=has(capabilities.chunk_budget, Rung.CHUNK_BUDGET),
             running_cap=has(capabilities.running_cap, Rung.RUNNING_CAP),
+            admission=self._dispatcher.options.paces_prefill,
             # SGLang gives prompts steps of their own unless it was started to mix them
             chunk_alone=capabilities.engine == "sglang",
         )
@@ -228,6 +236,13 @@ class Driving:
                 await adapter.set_running_cap(cap)
             engine.carried, engine.carried_s = wanted, now_s
         return setting.rung is Rung.CHUNK_BUDGET
+
+    def _loosen(self, member: Member, ledger: Ledger, setting: Setting) -> None:
+        """Give a backend that cannot keep its tier's pace at all to a tier whose pace it can keep."""
+        tier = setting.tier
+        free = not member.settings.pinned and ledger.claiming_for is None and self._dispatcher.policy.uses_tiers
+        if free and tier is not None and ledger.tier not in {None, tier}:
+            self._shell.move(Claim(member.name, tier, ledger.epoch, setting.reason))
 
     async def _let_go(self, member: Member, adapter: Adapter, engine: _Engine) -> None:
         """It is not to be driven (any more): what was set is taken back, once."""

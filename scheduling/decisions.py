@@ -15,6 +15,7 @@ class Verdict(Enum):
     STEADY_STATE = "steady_state"  # steps would become slower than the tightest promise on board
     CHUNK = "chunk"  # on a driven engine, its chunks would become too small to make the TTFT
     RESIDENT_SLACK = "resident_slack"  # a resident's token would be late while this prompt is prefilled
+    PREFILL_PACE = "prefill_pace"  # prompts come faster than its decodes can bear; engines with a static budget
     MEMORY = "memory"  # KV would not hold everybody at the peak
     FULL = "full"  # the engine's own cap on running sequences
     TOO_LONG = "too_long"  # longer than the engine's model length

@@ -14,7 +14,7 @@ from itertools import chain
 
 from scheduling import events as ev
 from scheduling.feasible import judge
-from scheduling.fleet import Fleet, is_open
+from scheduling.fleet import Fleet, can_keep, is_open
 from scheduling.ledger import Ledger
 from scheduling.options import Options
 from scheduling.policies.protocol import Policy
@@ -135,7 +135,8 @@ class Elastic:
             if now_s < ledger.blocked_until_s:
                 continue
             held = Counter(other.claiming_for or other.tier for other in self._fleet)
-            tier = min(tiers, key=lambda tier: (held[tier.name], tier.rank))
+            fit = [tier for tier in tiers if can_keep(ledger, tier)] or tiers
+            tier = min(fit, key=lambda tier: (held[tier.name], tier.rank))
             dealt.append(_claim(ledger, tier, f"{ledger.backend.name} has no tier; {tier.name} has the fewest"))
         return dealt
 
@@ -164,10 +165,12 @@ class Elastic:
 
     def _relabel(self, move: Move) -> ev.Claim | None:
         """The emptiest backend of the giver that may leave it."""
+        taker = self._fleet.tiers[move.taker]
         for ledger in reversed(self._fleet.in_tier(move.giver)):
-            if is_open(ledger) and not ledger.backend.pinned and ledger.claiming_for is None:
-                reason = f"demand moved from {move.giver} to {move.taker}"
-                return _claim(ledger, self._fleet.tiers[move.taker], reason)
+            if not (is_open(ledger) and can_keep(ledger, taker)):
+                continue
+            if not ledger.backend.pinned and ledger.claiming_for is None:
+                return _claim(ledger, taker, f"demand moved from {move.giver} to {move.taker}")
         return None
 
 

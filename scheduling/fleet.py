@@ -211,7 +211,8 @@ class Fleet:
                 continue
             largest = self.in_tier(other.name)
         for ledger in reversed(largest):
-            if is_open(ledger) and not ledger.backend.pinned and ledger.backend.serves(model):
+            fits = is_open(ledger) and not ledger.backend.pinned and ledger.backend.serves(model)
+            if fits and can_keep(ledger, tier):
                 return None if ledger.claiming_for else ledger
         return None
 
@@ -232,3 +233,9 @@ class Fleet:
 def is_open(ledger: Ledger) -> bool:
     """Whether a backend takes newcomers at all."""
     return ledger.backend.state is BackendState.UP
+
+
+def can_keep(ledger: Ledger, tier: Tier) -> bool:
+    """Whether a backend makes tokens at a tier's pace at all, if only for a single sequence."""
+    backend = ledger.backend
+    return not backend.calibrated or ledger.alone_s * backend.margin <= tier.host_tpot_s

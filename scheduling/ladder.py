@@ -16,8 +16,10 @@ from scheduling.elastic import Elastic
 from scheduling.fleet import Fleet
 from scheduling.ledger import Ledger
 from scheduling.options import Options
+from scheduling.paced import Pacer
 from scheduling.placing import Choice, Look, candidate_for, look, reason_for
 from scheduling.policies.protocol import Admission, Policy, Stage
+from scheduling.predict import own_prompt_tokens
 from scheduling.refusing import latest_start_s, pace_unreachable, retry_after_s, too_late, too_tight
 from scheduling.residents import Resident
 from scheduling.rivals import Rivals
@@ -34,6 +36,7 @@ class Ladder:
         self._policy = policy
         self._options = options
         self._elastic = Elastic(fleet, policy, options)
+        self._pacer = Pacer() if options.paces_prefill else None
         self.rivals = Rivals()
 
     @property
@@ -104,6 +107,7 @@ class Ladder:
             now_s,
             ticket.excluded,
             policy.checks,
+            self._pacer,
         )
 
     def hold(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
@@ -165,6 +169,8 @@ class Ladder:
         resident.lost = ticket.relegated or ticket.ask.ttft_due_s > resident.due_s  # late: it gave up its promise
         if choice.judged.prefill is not None:
             resident.expected_first_s = now_s + choice.judged.prefill.service_s
+        if self._pacer is not None:
+            self._pacer.took(ledger, own_prompt_tokens(request), now_s)
         ledger.place(resident, now_s)
         self._fleet.reorder(ledger)
         outcome = Outcome.RELEGATED if ticket.relegated else choice.outcome
@@ -209,7 +215,7 @@ class Ladder:
         if stage is None:
             return False
         policy = self._policy
-        found = look((stage,), ticket.ask, policy.admission, now_s, ticket.excluded, policy.checks)
+        found = look((stage,), ticket.ask, policy.admission, now_s, ticket.excluded, policy.checks, self._pacer)
         if found.choice is None or self.yields(ticket, found.choice, now_s):
             return False
         self.reserve(ticket, found.choice, found, now_s, out)

@@ -25,6 +25,8 @@ class Options:
         max_held: held requests at most; beyond it the newcomer is refused.
         yield_s: how long a request that found a place lets an earlier one of another replica go first; 0: not at
             all.
+        paces_prefill: whether prompts are let into an engine whose chunk cannot be set only at the rate with which
+            its decodes keep their pace on average.
         cooldown_s: a backend that failed before a first byte rests this long, doubling up to 32 times.
     """
 
@@ -41,4 +43,5 @@ class Options:
     refuses: bool = True
     max_held: int = 10_000
     yield_s: float = 0.15
+    paces_prefill: bool = False
     cooldown_s: float = 0.25

@@ -13,6 +13,7 @@ from scheduling.desk import RELEGATED
 from scheduling.feasible import Ask, Judgement, fits_hard_limits, judge, limits_for
 from scheduling.ledger import Ledger
 from scheduling.load import Cost, ReserveCandidate
+from scheduling.paced import Pacer
 from scheduling.policies.protocol import Admission, Stage
 from scheduling.predict import expected_tpot_s, first_token_floor_s, own_prompt_tokens, steady_step_s, walk_prefill
 
@@ -55,8 +56,9 @@ def look(
     now_s: float,
     excluded: frozenset[str] = frozenset(),
     checks: Checks = ALL_CHECKS,
+    pacer: Pacer | None = None,
 ) -> Look:
-    """Walk the stages and stop at the first backend that passes."""
+    """Walk the stages and stop at the first backend that passes. `pacer`: prompts wait for their turn, too."""
     seen: list[tuple[Ledger, Verdict, Judgement | None]] = []
     every_promise = admission is Admission.EVERY_PROMISE
     model = ask.request.model
@@ -74,6 +76,9 @@ def look(
                 or backend.name in excluded
             ):
                 seen.append((ledger, Verdict.UNAVAILABLE, None))
+                continue
+            if pacer is not None and pacer.wait_s(ledger, ledger.binding_tpot_s(host_s), prompt_tokens, now_s):
+                seen.append((ledger, Verdict.PREFILL_PACE, None))
                 continue
             if every_promise:
                 pace_s = min(ledger.binding_tpot_s(host_s), own_s)

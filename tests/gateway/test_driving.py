@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import orjson
 import pytest
 
+from adapters.contract import Failure, Unsupported, UpstreamError
 from adapters.emulated import EmulatedEngine, EmulatedSettings, serving
 from adapters.emulated.plugin import EmulatedPlugin, Urgency
 from gateway.app import Gateway
@@ -26,10 +27,10 @@ from scheduling.requests import Request
 from scheduling.tiers import Slo
 from tests.adapters.fake_sglang import Habits, fake_sglang
 from tests.gateway.rig import MODEL, PROFILE, Client, client, engine, gateway, idle, settings_for, settled, until
-from tiergate_engine.control import Mode, Orders, Promise
+from tiergate_engine.control import EngineState, Mode, Orders, Promise
 from tiergate_engine.model import EngineConfig
-from tiergate_engine.step import StepTime
-from tiergate_engine.steptime import ScaledStepTime
+from tiergate_engine.step import Step, StepTime
+from tiergate_engine.steptime import ScaledStepTime, ShiftedStepTime
 
 _OTHER = "h100-llama-3.1-8b-fp8"
 _STEP_TIME = load(PROFILE).step_time
@@ -100,9 +101,10 @@ async def _stand(
     made: EmulatedEngine | None = None, *, tier: str = "chat", driving: bool = True
 ) -> AsyncIterator[Stand]:
     made = made or _engine()
-    async with serving([made]) as (served,):
-        async with _in_front(made, _settings(served.url, tier=tier, driving=driving)) as stand:
-            yield stand
+    async with contextlib.AsyncExitStack() as stack:
+        (served,) = await stack.enter_async_context(serving([made]))
+        settings = _settings(served.url, tier=tier, driving=driving)
+        yield await stack.enter_async_context(_in_front(made, settings))
 
 
 async def test_an_emulated_engine_gets_its_orders_and_is_predicted_as_driven() -> None:
@@ -306,3 +308,55 @@ async def test_an_sglang_with_the_plugin_gets_a_chunk_size() -> None:
             assert setting.rung is Rung.CHUNK_BUDGET
             assert setting.chunk_tokens is not None
             assert fake.chunk <= setting.chunk_tokens < 2_048
+
+
+async def test_a_backend_too_slow_for_its_tier_goes_to_a_looser_one() -> None:
+    step = Step.decode(8, 8_000)
+    took_s = ShiftedStepTime(_STEP_TIME, 0.03).seconds(step)
+    async with _stand(_engine(plugin=False), tier="fast") as stand:
+        assert stand.member.learner is not None
+        for _ in range(10):
+            stand.member.learner.observe_told([(step, took_s)] * 50, 50)
+        await until(lambda: stand.gateway.view.numbers()[0].tier != "fast")
+        told = [one for one in stand.control if one.rung is Rung.LOOSER_TIER]
+        assert told[-1].tier == stand.gateway.view.numbers()[0].tier
+
+
+async def test_a_knob_that_an_engine_refuses_is_not_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with fake_sglang(MODEL, habits=Habits(plugin=True)) as fake:
+        backend = BackendSettings(url=fake.url, name="one", profile=PROFILE, tier="fast")
+        async with gateway(_settings(fake.url, backends=[backend])) as made:
+            asked = 0
+
+            async def refuse(tokens: int | None) -> None:
+                nonlocal asked
+                asked += 1
+                raise Unsupported("not any more")
+
+            monkeypatch.setattr(made.fleet.adapter("one"), "set_chunk_budget", refuse)
+            made.driving.controller.options = _QUICK
+            await until(lambda: len(made.driving.controller.decisions("one")) > 1)
+            settings = made.driving.controller.decisions("one")
+            assert [one.rung for one in settings] == [Rung.CHUNK_BUDGET, Rung.RUNNING_CAP]
+            assert asked == 1
+            assert not made.fleet.members()[0].driven
+    assert len([one for one in caplog.records if "chunk_budget does not work" in one.getMessage()]) == 1
+
+
+async def test_an_engine_that_fails_to_answer_is_left_to_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with _stand() as stand:
+        await until(lambda: stand.driven)
+
+        async def fail() -> EngineState:
+            raise UpstreamError(Failure.TIMEOUT, "too late")
+
+        monkeypatch.setattr(stand.gateway.fleet.adapter("one"), "read_state", fail)
+        await until(lambda: not stand.driven)
+        await until(lambda: stand.control[-1].rung is Rung.UNSET)
+        assert await stand.complete()
+        assert not stand.member.takes_promises
+    assert len([one for one in caplog.records if "too late" in one.getMessage()]) == 1
