@@ -146,6 +146,7 @@ async def send(pool: HttpPool, kind: Kind, stream: Stream, chance: random.Random
         "model": engines.MODEL_NAME,
         "prompt": [chance.randrange(50, 450) for _ in range(kind.prompt_tokens)],
         "max_tokens": kind.output_tokens,
+        "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "vllm_xargs": kind.promise.to_xargs(),

@@ -53,6 +53,7 @@ async def _generate(
         "model": engines.MODEL_NAME,
         "prompt": [(number * 31 + index * 7) % 400 + 50 for index in range(prompt_tokens)],
         "max_tokens": tokens,
+        "ignore_eos": True,  # the random model draws it now and then
         "stream": True,
         "return_token_ids": True,
         **fields,

@@ -87,18 +87,20 @@ class _Driven(Scheduler):  # type: ignore[misc]  # vLLM is not installed where t
 
     def schedule(self, *args: Any, **named: Any) -> SchedulerOutput:
         """Fill a step: vLLM's own, with what was planned around it."""
-        began_s = time.monotonic()
+        began_s, work_from_s = time.monotonic(), time.thread_time()
         turn = self._begin(began_s)
-        planned_s = time.monotonic()
+        cost_s = (
+            time.thread_time() - work_from_s
+        )  # a thread's own time: others' turns on its core are not its work
         try:
             output = super().schedule(*args, **named)
         finally:
             if turn is not None:
                 self._put_back(turn)
-        filled_s = time.monotonic()
         if self.tiergate.watching(began_s):
+            work_from_s = time.thread_time()
             self._note_scheduled(output, turn, began_s)
-            cost_s = planned_s - began_s + time.monotonic() - filled_s
+            cost_s += time.thread_time() - work_from_s
             before_s = cost_s if self.tiergate_plan_s is None else self.tiergate_plan_s
             self.tiergate_plan_s = before_s + _SMOOTHING * (cost_s - before_s)
         return output

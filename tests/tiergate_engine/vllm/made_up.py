@@ -48,6 +48,9 @@ class Clock:
     def time(self) -> float:
         return self.now_s + 5e8
 
+    def thread_time(self) -> float:
+        return self.now_s
+
 
 @dataclass(frozen=True)
 class Size:
