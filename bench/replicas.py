@@ -120,7 +120,9 @@ class Watched(SimFleet):
         self.placed_by[sim.request.request_id] = len(self.placed_by) % len(self.replicas)
         super().arrive(sim)
 
-    def open(self, replica: Replica, sim: SimRequest, lease_id: str, backend: str) -> bool:
+    def open(
+        self, replica: Replica, sim: SimRequest, lease_id: str, backend: str, *, relegated: bool = False
+    ) -> bool:
         request = sim.request
         self.waited_s[request.request_id] = self.agenda.now_s - request.arrival_s
         due_s = request.slo.deadline_s(request.arrival_s, 0)
@@ -128,7 +130,7 @@ class Watched(SimFleet):
             for waiting in other.dispatcher.first_held():
                 if waiting.tier == request.tier and self.agenda.now_s < waiting.due_s < due_s:
                     self.overtook.add(request.request_id)
-        return super().open(replica, sim, lease_id, backend)
+        return super().open(replica, sim, lease_id, backend, relegated=relegated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ DRIVEN: dict[str, Knob] = {
 
 def test_engines_driven_by_slack_keep_every_promise_that_polyserve_makes() -> None:
     """What the policy admits at the host's pace, engines that spend slack serve on time: more, and sooner."""
-    paced, driven = run_cell(cell("polyserve_co", 75.0)), run_cell(cell("polyserve_co", 75.0, **DRIVEN))
+    paced, driven = run_cell(cell("polyserve_co", 75.0)), run_cell(cell("polyserve_co", 75.0, 1, **DRIVEN))
     assert driven.overall.attained == driven.overall.finished
     assert driven.overall.attained >= paced.overall.attained
     first_s = (driven.overall.ttft_p50_s, paced.overall.ttft_p50_s)
@@ -76,8 +76,8 @@ def test_engines_driven_by_slack_keep_every_promise_that_polyserve_makes() -> No
 def test_a_driven_engine_gives_up_what_is_late_and_so_keeps_the_rest() -> None:
     """A router that looks at nobody's pace and refuses nobody, with more than the fleet can do."""
     knobs: dict[str, Knob] = {**DRIVEN, "refusal": False, "chunk_tokens": 2048}
-    kept = run_cell(cell("lmetric", 140.0, **knobs))
-    late = run_cell(cell("lmetric", 140.0, **{**knobs, "relegate_late": False}))
+    kept = run_cell(cell("lmetric", 140.0, 1, **knobs))
+    late = run_cell(cell("lmetric", 140.0, 1, **{**knobs, "relegate_late": False}))
     assert kept.overall.finished == late.overall.finished == 300
     assert kept.overall.attained > late.overall.attained
 
