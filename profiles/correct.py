@@ -237,15 +237,16 @@ class Corrector:
     def observe_told(self, steps: Sequence[tuple[Step, float]], of: int | None = None) -> None:
         """Steps that the engine itself told, with their seconds; `of` counts those that it did not tell as well.
 
-        Some of each regime are looked at, evenly spaced, so that what is remembered spans a while at any rate of
-        steps, and single steps, not means, set the error.
+        At first all count, later some of each regime, evenly spaced: what is remembered then spans a while at any
+        rate of steps. Single steps, not means, set the error.
         """
-        known = [[one for one in steps if bool(one[0].prefill_tokens) is mixed] for mixed in (False, True)]
-        count = len(steps) if of is None else max(of, len(steps))
-        for told in known:
-            looked = told[:: max(math.ceil(len(told) / _TOLD_AT_ONCE), 1)]
+        each = max(of or 0, len(steps)) / max(len(steps), 1)
+        for mixed, regime in ((False, self._decode), (True, self._mixed)):
+            told = [one for one in steps if bool(one[0].prefill_tokens) is mixed]
+            most = _TOLD_AT_ONCE if regime.observations >= _HALF_LIFE else len(told)
+            looked = told[:: max(math.ceil(len(told) / max(most, 1)), 1)]
             for step, seconds in looked:
-                self.observe(step, seconds, max(count * len(told) // (max(len(steps), 1) * len(looked)), 1))
+                self.observe(step, seconds, math.ceil(each * len(told) / len(looked)))
 
     def snapshot(self) -> CorrectedProfile:
         """What is known now. Immutable; later observations do not change it."""

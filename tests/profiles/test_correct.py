@@ -188,3 +188,25 @@ def test_a_factor_stays_among_what_was_seen(ratios: list[float]) -> None:
         corrector.observe_decode(10, 5000, ratio * BASE.decode_seconds(10, 5000))
     factor = corrector.snapshot().decode.factor
     assert min(1.0, *ratios) * (1 - 1e-9) <= factor <= max(1.0, *ratios) * (1 + 1e-9)
+
+
+def test_steps_that_an_engine_tells_are_all_learned_from_at_first_and_sampled_later() -> None:
+    chance = random.Random(5)
+    corrector = Corrector(BASE, measured=False)
+
+    def told(factor: float) -> list[tuple[Step, float]]:
+        steps = [_step(chance, mixed=i % 4 == 0) for i in range(64)]
+        return [(step, BASE.seconds(step) * factor * math.exp(chance.gauss(0.0, 0.03))) for step in steps]
+
+    corrector.observe_told(told(1.5), CALIBRATED_STEPS)
+    known = corrector.snapshot()
+    assert known.calibrated
+    assert known.decode.factor == pytest.approx(1.5, rel=0.05)
+    assert known.mixed.factor == pytest.approx(1.5, rel=0.05)
+    for _ in range(10):
+        corrector.observe_told(told(1.5), 200)
+    seen = corrector.snapshot().decode.observations
+    corrector.observe_told(told(1.5), 200)
+    assert corrector.snapshot().decode.observations == seen + 4
+    corrector.observe_told([])
+    assert corrector.snapshot().decode.observations == seen + 4
