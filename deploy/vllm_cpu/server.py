@@ -7,6 +7,7 @@ interrupted, and prints the base URL once the engine answers.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import subprocess
 import sys
@@ -32,6 +33,12 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",  # 5 s by default: shorter than a gateway's pool keeps connections
+}
+TRANSFER = {
+    "kv_connector": "NixlConnector",
+    "kv_role": "kv_both",
+    "kv_buffer_device": "cpu",
+    "kv_load_failure_policy": "fail",
 }
 PLUGIN = "tiergate_vllm_cpu"  # keeps the engine from spinning on its neighbours' cores
 
@@ -64,12 +71,14 @@ def vllm_server(
     cpus: str | None = None,
     development: bool = False,
     driven: bool = False,
+    transfer_port: int | None = None,
 ) -> ServerProcess:
     """A `vllm serve` that schedules by priority, counts its load and caches no prefixes (prompts repeat).
 
     `driven` gives it Tiergate's scheduler and control routes; until somebody gives orders it runs as stock. `cpus`
     binds its threads (vLLM's VLLM_CPU_OMP_THREADS_BIND, for instance "0"); by default it takes all.
     `development` opens vLLM's development routes: what its scheduler is set to, and abort by request id.
+    `transfer_port` lets it exchange KV with others of its kind over loopback (`transfer.add_transfer` first).
     """
     command = [str(programs / "vllm"), "serve", str(model)]
     command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
@@ -84,12 +93,22 @@ def vllm_server(
     if driven:
         command += ["--scheduler-cls", "tiergate_engine.vllm.Scheduler"]
         plugins.append("tiergate")
+    transfer: dict[str, str] = {}
+    if transfer_port is not None:
+        command += ["--kv-transfer-config", json.dumps(TRANSFER)]
+        transfer = {
+            "UCX_TLS": "tcp,self,sm",
+            "UCX_NET_DEVICES": "lo",
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(transfer_port),
+        }
     return ServerProcess(
         command,
         f"http://127.0.0.1:{port}/health",
         log_path,
         environment={
             **ENVIRONMENT,
+            **transfer,
             "VLLM_PLUGINS": ",".join(plugins),
             "VLLM_CPU_OMP_THREADS_BIND": cpus or "auto",
             "VLLM_SERVER_DEV_MODE": "1" if development else "0",
