@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -25,6 +25,14 @@ HEADS = 16
 """Queued prompts looked at in a step. More than that many are never admitted in one step that keeps a pace."""
 WATCHED_S = 60.0
 """Facts are kept as long as somebody asked for them, or gave orders, within this time."""
+
+
+class Waiting(Protocol):
+    """What is read of vLLM's waiting queues."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[EngineRequest]: ...
 
 
 class StepOutput(Protocol):
@@ -48,8 +56,8 @@ class Situation:
     """
 
     running: Sequence[EngineRequest]
-    holding: Iterable[EngineRequest]
-    queue: Iterable[EngineRequest]
+    holding: Waiting
+    queue: Waiting
     budget_tokens: int
     running_cap: int
     held_slots: int = 0
@@ -90,6 +98,17 @@ class _Running(NamedTuple):
 
 
 @dataclass(slots=True)
+class _Calm:
+    """When a plan last found decodes only. While nobody is admitted they are the same or fewer, each is due later
+    than it was then, and their contexts grow by a token a step."""
+
+    seqs: int
+    tokens: int  # of a step of all
+    kv_tokens: int
+    least_due_s: float
+
+
+@dataclass(slots=True)
 class _Flight:
     """A step that was scheduled and has not come back."""
 
@@ -111,6 +130,7 @@ class Pilot:
     given_s: float | None = None
     watched_s: float = -math.inf
     last_budget_tokens: int | None = None
+    _calm: _Calm | None = None
     _flights: deque[_Flight] = field(default_factory=deque)
     _back_s: float = -math.inf
 
@@ -118,6 +138,7 @@ class Pilot:
         """Obey these from the next step on. `digest`: of the text they came in, which may say more than this."""
         self.orders, self.given_s, self.watched_s = orders, now_s, now_s
         self.digest = orders.digest if digest is None else digest
+        self._calm = None
 
     def watch(self, now_s: float) -> None:
         """Somebody asked for facts."""
@@ -145,8 +166,28 @@ class Pilot:
 
     # --- before a step
 
+    def nothing_to_weigh(self, seqs: int, now_s: float) -> bool:
+        """Whether the next step needs no plan: `seqs` decodes that all have time, and nobody waits.
+
+        To be asked only when nobody waits. Most steps are such, and it costs them a microsecond or two.
+        """
+        calm = self._calm
+        if calm is None or seqs > calm.seqs:
+            return False
+        calm.kv_tokens += calm.tokens
+        orders = self.orders
+        if orders.mode is not Mode.DRIVEN or orders.profile is None or not orders.rules.skip:
+            return True
+        decode_s = Ruled(orders.rules, orders.profile).decode_seconds(calm.seqs, calm.kv_tokens)
+        return calm.least_due_s - self.free_s(now_s) >= decode_s
+
+    def look_again(self) -> None:
+        """The next step is to be planned, whatever the last plan found."""
+        self._calm = None
+
     def turn(self, situation: Situation, now_s: float) -> Turn:
         """What to set for the next step under the orders in force."""
+        self.look_again()
         free_s = self.free_s(now_s)
         running = _by_want(situation.running, free_s)
         cap = situation.running_cap
@@ -160,6 +201,9 @@ class Pilot:
         else:
             turn = Turn(running.done + running.decodes + running.prefills, frozenset(), budget, cap)
         self.last_budget_tokens = turn.budget_tokens
+        if not running.prefills and not len(situation.queue) and not len(situation.holding):
+            due_s = running.least_slack_s + free_s
+            self._calm = _Calm(len(situation.running), running.decode_tokens, running.kv_tokens, due_s)
         return turn
 
     def free_s(self, now_s: float) -> float:

@@ -120,10 +120,14 @@ class _Driven(Scheduler):  # type: ignore[misc]  # vLLM is not installed where t
             pilot = self.tiergate
             if pilot.by_deadline(now_s) != isinstance(self.waiting, DeadlineQueue):
                 self._swap_queue()
-            if not pilot.commands(now_s) or not (self.running or self.waiting or self.kv_holding_waiting):
+            if not pilot.commands(now_s):
+                return None
+            nobody_waits = not self.waiting and not self.kv_holding_waiting
+            if nobody_waits and (not self.running or pilot.nothing_to_weigh(len(self.running), now_s)):
                 return None
             turn = pilot.turn(self._situation(), now_s)
         except Exception as error:  # noqa: BLE001 (a failed plan must not end the engine: it schedules undriven)
+            self.tiergate.look_again()
             self._failed("the step's plan", error)
             return None
         if turn.left_out:

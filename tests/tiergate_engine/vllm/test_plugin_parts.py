@@ -297,5 +297,43 @@ class TestTurns:
         assert (flown.mode(9.0), flown.commands(9.0), flown.watching(9.0)) == (Mode.STOCK, False, False)
 
 
+class TestCalm:
+    """Steps of decodes that all have time need no plan."""
+
+    def flown(self, running: list[FakeRequest], queued: list[FakeRequest], orders: Orders = DRIVEN) -> Pilot:
+        made = pilot(orders)
+        made.turn(Situation(running, [], DeadlineQueue(queued), 2048, 64), 0.0)
+        return made
+
+    def test_until_the_first_has_no_more_time_than_a_step_takes(self) -> None:
+        made = self.flown([decode(Due(0.0, 0.05)), decode()], [])  # due at 50 ms; a step takes 5.14 ms
+        assert made.nothing_to_weigh(2, 0.04)
+        assert made.nothing_to_weigh(1, 0.04)
+        assert not made.nothing_to_weigh(2, 0.046)
+        assert not made.nothing_to_weigh(3, 0.0)
+
+    @pytest.mark.parametrize(
+        ("running", "queued"),
+        [([decode()], [FakeRequest()]), ([decode(), FakeRequest(is_prefill_chunk=True)], [])],
+        ids=["somebody waits", "a prompt is served"],
+    )
+    def test_not_where_prompts_are(self, running: list[FakeRequest], queued: list[FakeRequest]) -> None:
+        assert not self.flown(running, queued).nothing_to_weigh(len(running), 0.0)
+
+    def test_not_before_a_plan_nor_behind_other_orders(self) -> None:
+        assert not pilot().nothing_to_weigh(1, 0.0)
+        made = self.flown([decode()], [])
+        assert made.nothing_to_weigh(1, 0.0)
+        made.order(DRIVEN, 0.0)
+        assert not made.nothing_to_weigh(1, 0.0)
+
+    def test_contexts_grow(self) -> None:
+        slow = Orders(Mode.DRIVEN, RooflineStepTime(c0_s=0.005, per_kv_s=1e-6), Rules())
+        made = self.flown([decode(Due(0.0, 0.0056))], [], slow)  # 5.1 ms with 101 tokens of context
+        calm = [made.nothing_to_weigh(1, 0.0) for _ in range(1000)]
+        assert calm == sorted(calm, reverse=True)
+        assert 490 <= sum(calm) <= 510
+
+
 def test_a_builds_mark_is_no_other_version() -> None:
     assert plain_version("0.32.0+cpu") == "0.32.0"
