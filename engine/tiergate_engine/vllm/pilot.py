@@ -316,6 +316,11 @@ def _by_want(running: Sequence[EngineRequest], free_s: float) -> _Running:
     done: list[EngineRequest] = []
     drafts = kv_sum = 0
     never = least_s = math.inf
+    made, ask, keep = (
+        tuple.__new__,
+        asks.append,
+        decodes.append,
+    )  # a named tuple's own constructor costs twice as much
     for one in running:
         if one.is_prefill_chunk:
             prefills.append(one)
@@ -326,14 +331,14 @@ def _by_want(running: Sequence[EngineRequest], free_s: float) -> _Running:
         if ahead and index + 1 - ahead >= one.max_tokens:
             done.append(one)  # as vLLM's own loop has it
             continue
-        decodes.append(one)
+        keep(one)
         kv_sum += kv_tokens
         first_s, pace_s, relegated = one.tiergate_due
         if relegated or pace_s == never:
-            asks.append(Decode(kv_tokens))
+            ask(made(Decode, (kv_tokens, never, never)))
         else:
             slack_s = first_s + index * pace_s - free_s
-            asks.append(Decode(kv_tokens, slack_s, pace_s))
+            ask(made(Decode, (kv_tokens, slack_s, pace_s)))
             if slack_s < least_s:
                 least_s = slack_s
         if one.spec_token_ids:
