@@ -100,6 +100,9 @@ class Driving:
                 await self._drive(member)
         except (UpstreamError, TimeoutError) as error:
             self._failed(member, error)
+        except Exception:  # whatever is wrong here, requests are served without it
+            log.exception("backend %s cannot be driven", member.name)
+            self._fleet.keeps(member, driven=False)
         finally:
             self._busy.discard(member.name)
 
@@ -134,7 +137,7 @@ class Driving:
             if plugin is not None and state is not None:
                 driven = await self._order(plugin, engine, setting, state)
             else:
-                driven = await self._set(adapter, engine, setting)
+                driven = await self._set(member, adapter, engine, setting)
         except Unsupported as error:
             self._bar(member, engine, setting.rung.value, error)
             driven = False
@@ -208,34 +211,43 @@ class Driving:
     async def _order(self, plugin: Drivable, engine: _Engine, setting: Setting, state: EngineState) -> bool:
         """Orders for an engine with the plug-in; whether it keeps its pace. Raises Unsupported, UpstreamError."""
         options = self.controller.options
-        orders = setting.orders(options.lapse_s)
+        try:
+            orders = setting.orders(options.lapse_s)
+            digest = orders.digest
+        except ValueError as error:
+            raise Unsupported(f"the orders cannot be put into words: {error}") from error
         if orders == Orders() and engine.given is None:
             return False  # there is nothing to say to it, and nothing of ours to take back
         if must_speak(state, orders, engine.given, options):
             state = await plugin.give_orders(orders)
-            engine.given = orders.digest
+            engine.given = digest
         if setting.rung is not Rung.DRIVEN:
             return setting.rung is Rung.CHUNK_BUDGET
         if state.mode is Mode.DRIVEN:
             return True
-        if state.orders_digest == orders.digest:
+        if state.orders_digest == digest:
             raise Unsupported(f"it has the orders and does not obey them ({state.note or 'it does not say why'})")
         return False
 
-    async def _set(self, adapter: Adapter, engine: _Engine, setting: Setting) -> bool:
-        """Single knobs of an engine without the plug-in; whether it keeps to its pace. They are set again once in
-        a while: the engine may have been started anew. Raises Unsupported, UpstreamError."""
+    async def _set(self, member: Member, adapter: Adapter, engine: _Engine, setting: Setting) -> bool:
+        """Single knobs of an engine without the plug-in; whether it keeps its pace. They are set again once in a
+        while: the engine may have been started anew. Raises UpstreamError."""
         wanted = (setting.chunk_tokens, setting.running_cap)
         now_s = self._clock()
         due = now_s - engine.carried_s >= self.controller.options.yield_s and wanted != (None, None)
         if wanted != engine.carried or due:
-            chunk, cap = wanted
-            if chunk is not None or engine.carried[0] is not None:
-                await adapter.set_chunk_budget(chunk)
-            if cap is not None or engine.carried[1] is not None:
-                await adapter.set_running_cap(cap)
-            engine.carried, engine.carried_s = wanted, now_s
-        return setting.rung is Rung.CHUNK_BUDGET
+            knobs = ((Rung.CHUNK_BUDGET, adapter.set_chunk_budget), (Rung.RUNNING_CAP, adapter.set_running_cap))
+            taken: list[int | None] = []
+            for (rung, turn), value, before in zip(knobs, wanted, engine.carried, strict=True):
+                try:
+                    if value is not None or before is not None:
+                        await turn(value)
+                    taken.append(value)
+                except Unsupported as error:
+                    self._bar(member, engine, rung.value, error)
+                    taken.append(None)
+            engine.carried, engine.carried_s = (taken[0], taken[1]), now_s
+        return setting.rung is Rung.CHUNK_BUDGET and not self._is_barred(engine, Rung.CHUNK_BUDGET.value)
 
     def _loosen(self, member: Member, ledger: Ledger, setting: Setting) -> None:
         """Give a backend that cannot keep its tier's pace at all to a tier whose pace it can keep."""

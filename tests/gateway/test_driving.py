@@ -37,6 +37,8 @@ _STEP_TIME = load(PROFILE).step_time
 _CONFIG = EngineConfig(kv_tokens=200_000, max_model_tokens=16_384)
 _QUICK = ControlOptions(every_s=0.02, lapse_s=1.0, refresh_s=0.1, yield_s=0.3, raise_after_s=0.1)
 
+_CALM = replace(_QUICK, yield_s=3.0, lapse_s=20.0)  # a busy machine does not make one gateway look gone
+
 
 @dataclass(frozen=True, slots=True)
 class Stand:
@@ -214,17 +216,18 @@ async def test_two_gateways_that_differ_agree_and_one_takes_over_from_the_other(
     plugin = made.plugin
     assert plugin is not None
     async with serving([made]) as (served,), _in_front(made, _settings(served.url, profile=_OTHER)) as second:
-        await until(lambda: second.driven)
+        second.gateway.driving.controller.options = _CALM
+        await until(lambda: second.driven and plugin.orders.lapse_s == _CALM.lapse_s)
         others = plugin.orders.digest
         async with _in_front(made, _settings(served.url)) as first:
+            first.gateway.driving.controller.options = _CALM
             await until(lambda: first.driven)
             puts = plugin.puts
             await until(lambda: plugin.puts >= puts + 3)
             assert plugin.orders.digest == others
-            second.gateway.driving.controller.options = replace(_QUICK, every_s=3600.0)
+            second.gateway.driving.controller.options = replace(_CALM, every_s=3600.0)
             await until(lambda: plugin.orders.digest != others)
             assert (first.driven, plugin.state().mode) == (True, Mode.DRIVEN)
-            second.gateway.driving.controller.options = _QUICK
 
 
 async def test_an_engine_that_does_not_obey_is_set_from_outside(caplog: pytest.LogCaptureFixture) -> None:
