@@ -212,8 +212,8 @@ def must_speak(state: EngineState, orders: Orders, own_digest: str | None, optio
 def _unreachable(ledger: Ledger, host_s: float, tiers: TierSet, now_s: float) -> Setting:
     """A tier whose pace the backend can keep, for one that cannot keep its own with a single decode."""
     alone_s = ledger.alone_s * ledger.backend.margin
-    fits = (tier.name for tier in tiers.tiers if tier.host_tpot_s >= alone_s)
-    tier = next(fits, None)
+    fits = [tier.name for tier in tiers.tiers if tier.host_tpot_s >= alone_s]
+    tier = fits[0] if fits else None
     reason = f"a single decode takes {alone_s * 1e3:.1f} ms, its tier's pace is {host_s * 1e3:g} ms"
     return Setting(Rung.LOOSER_TIER, reason, now_s, tier=tier)
 

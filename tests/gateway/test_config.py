@@ -148,3 +148,10 @@ def test_a_flag_changes_one_key_of_the_store(tmp_path: Path) -> None:
     assert (store.kind, store.fleet, store.lease_s) == (StoreKind.REDIS, "eu", 7)
     assert store.url.get_secret_value() == "redis://:secret@two:6379/1"
     assert "secret" not in repr(settings)
+
+
+def test_driving_is_on_unless_it_is_switched_off_for_the_fleet_or_one_backend() -> None:
+    assert Settings().driving
+    assert not load(None, {"TIERGATE_DRIVING": "off"}).driving
+    made = Settings.model_validate({"backends": ["http://a:1,driving=off", "http://b:1"]})
+    assert [one.driving for one in made.backends] == [False, None]
