@@ -337,7 +337,8 @@ async def test_a_server_that_is_emptied_while_it_runs(
         made.server.ask("FLUSHALL")
         await made.traffic(12)
         assert made.worst <= MOST
-        await until(lambda: all(Mode.HEALING in replica.modes for replica in made.replicas))
+        # Who finds out late may find all the others back already.
+        await until(lambda: any(Mode.HEALING in replica.modes for replica in made.replicas))
         record_property("healed_s", await made.healed())
         await made.traffic(12)
         assert made.worst <= MOST
