@@ -142,6 +142,6 @@ async def test_closing_ends_what_is_under_way(own: Own) -> None:
     asked = [asyncio.get_running_loop().create_task(echo(own.line, number)) for number in range(3)]
     await asyncio.sleep(0.05)
     await own.line.close()
+    own.server.resume()  # whoever asked again would be answered
     for outcome in await asyncio.gather(*asked, return_exceptions=True):
         assert isinstance(outcome, ERRORS)
-    own.server.resume()
