@@ -87,7 +87,9 @@ bench-sim-quick: .venv/.ready
 bench-state: redis
 	$(BIN)/python -m bench.store_cost
 	$(BIN)/python -m bench.policy_push
+	$(BIN)/python -m bench.healing
 	$(BIN)/python -m bench.replicas
+	$(BIN)/python -m bench.replicas_live
 	$(BIN)/python -m bench.accept_shares
 	$(BIN)/python -m bench.workers
 

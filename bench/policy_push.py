@@ -27,6 +27,7 @@ from state.redis.connect import connect
 from state.redis.documents import RedisDocuments
 from tests.servers import DataServer, Kind
 from tiergate.root import check_served
+from tiergate.upkeep import calm_collector
 
 _BACKENDS = 8
 _KEYS = 200
@@ -107,6 +108,7 @@ async def measure(url: str, count: int, changes: int) -> list[float]:
 
 
 async def main(kind: Kind, counts: list[int], changes: int) -> None:
+    calm_collector()  # as `tiergate serve` does
     print(f"a change of the policy on {kind.value}, {changes} changes: ms until all replicas serve by it")
     print(f"{'replicas':>8} {'P50':>8} {'P99':>8} {'most':>8}")
     with tempfile.TemporaryDirectory() as folder:

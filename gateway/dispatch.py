@@ -324,6 +324,7 @@ class Shell:
             stands = event.load.membership
             self.feed(MembershipChanged(event.backend, stands.tier, stands.epoch))
             self.feed(LoadPublished(event.backend, event.load.foreign))
+            self.pace.others(event.backend, event.load.foreign, self._clock())
 
     # --- the ticker ----------------------------------------------------------------------------------------
 

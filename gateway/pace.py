@@ -6,10 +6,14 @@ A sample of decode step times needs a window in which nothing else happened: at 
 the same streams and no prefill. Over so many steps the jitter of single reads averages out. Where events lately
 carried more than one token, as told by the engine's usage, counts are scaled by it; where they carried many more,
 no step is learned.
+
+Other replicas' sequences are in those steps too: they are counted in a sample, and their prompts spoil it like
+one's own. Of both one hears late, so a sample waits until what happened meanwhile must have been told.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,9 +21,12 @@ from typing import Protocol
 
 from gateway.ticket import Stage, Ticket
 from scheduling.events import Progress, Progressed
+from scheduling.load import LoadVector
+from scheduling.predict import TOLD_WITHIN_S
 
 _WINDOW_S = 0.25
 _WINDOW_TOKENS = 4  # of a stream, at least
+_SETTLE_S = 2 * TOLD_WITHIN_S  # what a replica did is told by then
 _MERGED_WEIGHT = 0.2  # of the latest stream in a backend's tokens per event
 _MERGED_MOST = 1.25  # beyond this many tokens an event, event times say too little of steps to learn from
 
@@ -46,6 +53,15 @@ class PrefillSample:
     decode_kv_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Unsettled:
+    """A sample that holds if other replicas did nothing between `since_s` and `ready_s`."""
+
+    sample: StepSample | PrefillSample
+    since_s: float
+    ready_s: float
+
+
 class Learner(Protocol):
     """Whoever wants to know how long steps took."""
 
@@ -56,7 +72,11 @@ class Learner(Protocol):
 
 @dataclass(slots=True)
 class _Backend:
-    """What is remembered of one backend. `since` is each stream's (tokens, time) at the window's start."""
+    """What is remembered of one backend. `since` is each stream's (tokens, time) at the window's start.
+
+    `others` is what the other replicas carry there, as told last; `others_s` when a prompt of theirs was last
+    seen, queued or as a sequence more; minus infinity while there never was any.
+    """
 
     opening: int = 0
     opened: int = 0
@@ -66,6 +86,9 @@ class _Backend:
     window_s: float = 0.0
     since: dict[str, tuple[int, float]] = field(default_factory=dict)
     tokens_per_event: float = 1.0
+    others: LoadVector = field(default_factory=LoadVector)
+    others_s: float = -math.inf
+    unsettled: list[_Unsettled] = field(default_factory=list)
 
     def tokens(self, ticket: Ticket) -> int:
         """The ticket's output so far; one that is known to be merged was estimated already."""
@@ -97,6 +120,13 @@ class Pace:
         latest = max(tokens_per_event, 1.0)
         backend.tokens_per_event += (latest - backend.tokens_per_event) * _MERGED_WEIGHT
 
+    def others(self, backend: str, load: LoadVector, now_s: float) -> None:
+        """What all other replicas carry on a backend was told."""
+        known = self._named(backend)
+        before, known.others = known.others, load
+        if load.decodes > before.decodes or before.queued_prefill_tokens or load.queued_prefill_tokens:
+            known.others_s = now_s
+
     @property
     def openings(self) -> int:
         """Streams that are being opened, on all backends."""
@@ -110,10 +140,15 @@ class Pace:
             return
         assert ticket.backend is not None
         tokens = (request.prompt_tokens - request.cached_tokens) * request.sequences
-        seconds = ticket.last_bytes_s - ticket.opened_s
-        self.learner.learn_prefill(
-            PrefillSample(ticket.backend, seconds, tokens, backend.decode_seqs, backend.decode_kv_tokens)
+        others = backend.others
+        sample = PrefillSample(
+            ticket.backend,
+            ticket.last_bytes_s - ticket.opened_s,
+            tokens,
+            backend.decode_seqs + others.decodes,
+            backend.decode_kv_tokens + others.peak_kv_tokens,
         )
+        self._learn(backend, sample, ticket.opened_s, ticket.last_bytes_s)
 
     def look(self, tickets: Iterable[Ticket], now_s: float) -> list[Progressed]:
         """Where the streams of each backend are, by name; a backend where nothing moved is left out."""
@@ -125,14 +160,20 @@ class Pace:
             if name not in by_backend:
                 backend.decode_seqs = backend.decode_kv_tokens = 0
                 backend.since = {}
+            if backend.others.queued_prefill_tokens:
+                backend.others_s = now_s
+            self._settle(backend, now_s)
         progressed = [self._progress(name, some, now_s) for name, some in sorted(by_backend.items())]
         return [event for event in progressed if event is not None]
 
     def _of(self, ticket: Ticket) -> _Backend:
         assert ticket.backend is not None
-        backend = self._backends.get(ticket.backend)
+        return self._named(ticket.backend)
+
+    def _named(self, name: str) -> _Backend:
+        backend = self._backends.get(name)
         if backend is None:
-            backend = self._backends[ticket.backend] = _Backend()
+            backend = self._backends[name] = _Backend()
         return backend
 
     def _progress(self, name: str, tickets: list[Ticket], now_s: float) -> Progressed | None:
@@ -176,6 +217,7 @@ class Pace:
             and backend.tokens_per_event <= _MERGED_MOST
             and not any(ticket.merged for ticket in streams)
             and backend.opened == backend.window_opened
+            and backend.others_s < backend.window_s
             and len(since) == len(streams) > 0
             and all(ticket.request.request_id in since for ticket in streams)
         )
@@ -195,13 +237,35 @@ class Pace:
                 sample = StepSample(
                     name,
                     statistics.median(gaps),
-                    backend.decode_seqs,
-                    backend.decode_kv_tokens,
+                    backend.decode_seqs + backend.others.decodes,
+                    backend.decode_kv_tokens + backend.others.peak_kv_tokens,
                     round(statistics.median(steps)),
                 )
-                self.learner.learn_step(sample)
+                self._learn(backend, sample, backend.window_s, now_s)
         backend.window_s = now_s
         backend.window_opened = backend.opened if undisturbed else -1
         backend.since = {
             ticket.request.request_id: (ticket.output_tokens, ticket.last_token_s) for ticket in streams
         }
+
+    def _learn(self, backend: _Backend, sample: StepSample | PrefillSample, since_s: float, now_s: float) -> None:
+        """Learn from a sample that began at `since_s`: at once where there are no other replicas."""
+        alone = backend.others_s == -math.inf
+        backend.unsettled.append(_Unsettled(sample, since_s, now_s if alone else now_s + _SETTLE_S))
+        self._settle(backend, now_s)
+
+    def _settle(self, backend: _Backend, now_s: float) -> None:
+        """Learn from the samples that others can no longer spoil, and drop those that they did."""
+        left: list[_Unsettled] = []
+        for one in backend.unsettled:
+            if backend.others_s >= one.since_s:
+                continue
+            if now_s < one.ready_s:
+                left.append(one)
+            elif self.learner is not None:
+                match one.sample:
+                    case StepSample():
+                        self.learner.learn_step(one.sample)
+                    case PrefillSample():
+                        self.learner.learn_prefill(one.sample)
+        backend.unsettled = left

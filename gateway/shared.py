@@ -2,7 +2,7 @@
 
 The rules (docs/state.md, "Policy in the store"):
 
-* A store without a document is seeded from the file of the first replica; one that starts later adopts it.
+* A store without a document is seeded from the first file that names backends; who starts later adopts it.
 * A change, from the admin API or from a file that was read again, is a new version by compare-and-set.
 * A replica that finds the store without a document, or with one that its own outranks, puts its own back.
 * A document that cannot be used here is refused: what is in force stays in force.
@@ -107,6 +107,8 @@ async def _begin(file: Settings, source: PolicySource) -> Begun:
     """Raises StoreUnavailable."""
     documents, mine = source.documents, policy_of(file)
     found = await documents.read()
+    if not mine.backends and (found is None or source.adopt_file):
+        return Begun(file, None)  # a fleet of nobody would be in the way of the next file
     while True:
         reason, expected = "seeded from the file", 0
         if found is not None:

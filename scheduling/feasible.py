@@ -15,6 +15,8 @@ from scheduling.load import Limits
 from scheduling.predict import Prefill, expected_tpot_s, steady_step_s, walk_prefill
 from scheduling.requests import Request
 
+_MANY_TOKENS = 2.0**40
+
 
 @dataclass(slots=True)
 class Judgement:
@@ -163,8 +165,47 @@ def residents_keep_pace(ledger: Ledger, prefill: Prefill) -> bool:
     return True
 
 
-def limits_for(ledger: Ledger, ask: Ask, judged: Judgement) -> Limits:
+def slack_room_tokens(ledger: Ledger, prefill: Prefill) -> int:
+    """How many prompt tokens others may have queued, unknown to this decision, before the prompt makes any
+    resident's token late after all (`residents_keep_pace`); at least 0.
+
+    Within one step they only lengthen it. Beyond it every chunk of them is one more step, which gives each
+    resident one token and one pace of time. The step in flight may carry one too.
+    """
+    margin = ledger.backend.margin
+    chunk = ledger.full_chunk_tokens
+    whole_s = ledger.chunk_step_s * margin
+    each_s = max(whole_s - ledger.decode_step_s * margin, 1e-9) / chunk
+    wait_s, first_s = max(prefill.wait_s, whole_s), prefill.first_step_s * margin
+    all_s = wait_s + prefill.total_s * margin
+    least = _MANY_TOKENS
+    for tpot_s, slack_s in ledger.slack_floor + ledger.foreign.slack:
+        left_s = slack_s - SLACK_RESERVE * tpot_s
+        first_left_s = left_s + tpot_s - wait_s - first_s
+        if first_left_s < whole_s - first_s:
+            least = min(least, first_left_s / each_s)
+        least = min(least, _tokens_within(left_s + prefill.steps * tpot_s - all_s, tpot_s, whole_s, each_s, chunk))
+    own_s = prefill.own_s * margin
+    for tpot_s, slack_s in ledger.queued_slack_floor + ledger.foreign.queued_slack:
+        left_s = slack_s + (prefill.own_steps - SLACK_RESERVE) * tpot_s - own_s
+        least = min(least, _tokens_within(left_s, tpot_s, whole_s, each_s, chunk))
+    return max(int(least), 0)
+
+
+def _tokens_within(left_s: float, tpot_s: float, whole_s: float, each_s: float, chunk: int) -> float:
+    """The prompt tokens that steps may carry in addition until whoever has `left_s` left is late."""
+    if left_s == math.inf or (whole_s <= tpot_s and left_s >= chunk * each_s):
+        return _MANY_TOKENS
+    steps = int(left_s / (whole_s - tpot_s)) if whole_s > tpot_s else 0
+    left_s -= steps * (whole_s - tpot_s)
+    return steps * chunk + min(left_s / each_s, chunk)
+
+
+def limits_for(ledger: Ledger, ask: Ask, judged: Judgement, *, resident_slack: bool) -> Limits:
     """The box of loads around this placement in which its promises still hold, in the store's sums.
+
+    Of prompts there may be so many more that nobody's first token is late, nor (`resident_slack`) any token of
+    those on board: what other replicas queued since they told of it spends the same slack.
 
     The corner is found along the direction "more requests like this one": as many as keep the steady step
     within the pace by the slope measured there, halved when one evaluation at the corner disagrees.
@@ -185,6 +226,8 @@ def limits_for(ledger: Ledger, ask: Ask, judged: Judgement) -> Limits:
     if prefill is not None and math.isfinite(ask.ttft_due_s) and judged.ttft_s is not None:
         left_s = max(ask.ttft_due_s - request.arrival_s - judged.ttft_s, 0.0)
         prefill_room = int(left_s / max(prefill.first_step_s, 1e-6)) * chunk
+    if prefill is not None and resident_slack and not ledger.backend.dynamic_chunk:
+        prefill_room = min(prefill_room, slack_room_tokens(ledger, prefill))
     return Limits(base_decodes + more * seqs, base_kv + more * kv_each, base_prefill + prefill_room)
 
 

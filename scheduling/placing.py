@@ -183,7 +183,7 @@ def candidate_for(choice: Choice, ask: Ask) -> ReserveCandidate:
         tier=RELEGATED if ask.own_tpot_s == math.inf and request.slo.tpot_s is not None else request.tier,
         tpot_ms=ask.own_tpot_s * 1e3,
     )
-    limits = limits_for(ledger, ask, choice.judged)
+    limits = limits_for(ledger, ask, choice.judged, resident_slack=choice.outcome is not Outcome.ROUTED)
     # A router without tiers looked at no resident's promise, so it assumes nothing about them. To the store a
     # lease keeps its pace when its promise is lost; of those that are ours it is known that they hold nobody back.
     tightest_ms = 0.0

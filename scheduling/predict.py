@@ -84,17 +84,17 @@ def first_token_floor_s(ledger: Ledger, prompt_tokens: int, now_s: float, within
 
     All steps but the last carry a full chunk, or on an engine driven to `within_s` the largest that keeps it,
     and the last takes no less than the decodes alone; what is queued ahead has lost at most a chunk for every
-    step that can have ended since its head began.
+    step that can have ended since its head began. Where others queued too, ours may all be done (`_left_of_all`).
     """
     if within_s < math.inf:
         chunk, chunk_s = ledger.chunk_within(within_s)
     else:
         chunk, chunk_s = ledger.full_chunk_tokens, ledger.chunk_step_s
-    queued = ledger.queued_prefill_tokens
+    queued, foreign = ledger.queued_prefill_tokens, ledger.foreign.queued_prefill_tokens
     if queued and ledger.decode_step_s > 0.0:
-        # other replicas' queues, which show no progress, have at most the step in flight behind them
-        since_s = max(now_s - ledger.prefill_since_s, 0.0) if ledger.queued else 0.0
-        prompt_tokens += max(queued - (int(since_s / ledger.decode_step_s) + 1) * chunk, 0)
+        begun_s = ledger.foreign_since_s + TOLD_WITHIN_S if foreign else ledger.prefill_since_s
+        steps = int(max(now_s - begun_s, 0.0) / ledger.decode_step_s) + (2 if foreign else 1)
+        prompt_tokens += max((foreign or queued) - steps * chunk, 0)
     return (prompt_tokens - 1) // chunk * chunk_s + ledger.decode_step_s
 
 

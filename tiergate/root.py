@@ -89,6 +89,12 @@ async def assemble(settings: Settings, which: Incarnation, clock: Callable[[], f
     shared = connect_state(settings.store, which.replica, clock, settings.workers)
     source = PolicySource(shared.documents, check_served, which.replica, which.adopt_file)
     begun = await begin(settings, source)
+    if begun.document is None and not begun.settings.backends:
+        await shared.close()
+        raise ConfigError(
+            "no backend: the configuration names none, and the store has no policy that can be used here: give "
+            "--backend http://host:port, or `backends` in a configuration file"
+        )
     dispatcher = make_dispatcher(begun.settings)
     await asyncio.to_thread(check_profiles, begun.settings)
     learned = await asyncio.to_thread(_learned, begun.settings, saves=which.saves)

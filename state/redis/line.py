@@ -182,7 +182,8 @@ class Line:
                 await link.socket.send_packed_command((packed,), check_health=False)
             await link.answer_to(turn)
         except ERRORS as error:
-            turn.settle(None, error)
+            if not turn.done:  # else whoever gave the link up has said why
+                turn.settle(None, error)
 
     async def close(self) -> None:
         """Close the connection. Idempotent; the line opens it again when it is asked."""

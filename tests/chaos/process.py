@@ -14,6 +14,8 @@ from typing import Protocol
 
 import aiohttp
 
+from tests.guard import Guard
+
 _POLL_S = 0.05
 _READY_S = 30.0
 _STOP_S = 15.0
@@ -48,8 +50,7 @@ class Actor(Protocol):
 
 
 class Process:
-    """An HTTP server as an `Actor`. It dies with the test run, however the run ends: a guard process waits for the
-    end of a pipe that the run holds, and then kills it."""
+    """An HTTP server as an `Actor`. It dies with the test run, however the run ends."""
 
     def __init__(self, name: str, command: Sequence[str], ready_url: str, log: Path, mark: str) -> None:
         """`mark` goes into its environment, so that it and its children are found again (`left_over`)."""
@@ -59,7 +60,7 @@ class Process:
         self._log = log
         self._mark = mark
         self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
 
     @property
     def name(self) -> str:
@@ -128,26 +129,17 @@ class Process:
                 env={**os.environ, MARK: self._mark},
                 start_new_session=True,
             )
-        self._guard = subprocess.Popen(
-            ["sh", "-c", 'read -r _ || kill -9 "$0"', str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._guard = Guard(self._process.pid)
 
     def _ended(self) -> None:
-        """Reap it and send its guard home, in this order: the id is ours until it is reaped."""
+        """Reap it."""
         process, guard = self._process, self._guard
         self._process = self._guard = None
+        if guard is not None:
+            guard.dismiss()
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_S)
-        if guard is not None and guard.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                guard.stdin.write(b"\n")
-                guard.stdin.close()
-            guard.wait()
 
     def _tail(self) -> str:
         return self.log()[-_TAIL_CHARACTERS:]

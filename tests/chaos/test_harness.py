@@ -172,10 +172,10 @@ def test_a_gateways_own_question_is_no_client_and_a_killed_engine_begins_anew() 
     assert peaks(_evidence([], entries), RULES)[0]["engine0"].sequences == 2
 
 
-def test_for_a_gateway_that_is_stopped_over_an_outage_the_store_is_away_until_it_goes_on() -> None:
+def test_a_gateway_that_is_stopped_over_an_outage_may_not_oversell_when_it_goes_on() -> None:
     entries = _entries((100.0, Fate.SUBMITTED, 1, 1), (100.1, Fate.SUBMITTED, 2, 2), (100.2, Fate.SUBMITTED, 3, 3))
-    outage = _window(Harm.KILL, "redis", 90.0, 91.0)
     over_it = _window(Harm.PAUSE, "gateway0", 90.5, 99.9)
-    later = _window(Harm.PAUSE, "gateway0", 95.0, 99.9)
-    assert not list(nothing_is_oversold(_evidence([], entries, windows=[outage, over_it]), RULES))
-    assert list(nothing_is_oversold(_evidence([], entries, windows=[outage, later]), RULES))
+    ended = _window(Harm.KILL, "redis", 90.0, 91.0)
+    lasting = _window(Harm.KILL, "redis", 90.0, 99.9)
+    assert list(nothing_is_oversold(_evidence([], entries, windows=[ended, over_it]), RULES))
+    assert not list(nothing_is_oversold(_evidence([], entries, windows=[lasting, over_it]), RULES))

@@ -9,6 +9,7 @@ import pytest
 from gateway.dispatch import Shell
 from gateway.pace import Pace, PrefillSample, StepSample
 from gateway.ticket import Stage, Ticket
+from scheduling.load import LoadVector
 from scheduling.requests import Request
 from scheduling.tiers import Slo
 
@@ -107,3 +108,64 @@ def test_progress_is_per_sequence_and_only_of_what_moved() -> None:
     assert event.step_s == pytest.approx(0.05)
     assert event.last_step_age_s == pytest.approx(0.05)
     assert pace.look([one, two], 1.7) == []
+
+
+def _other(decodes: int, queued_tokens: int = 0) -> LoadVector:
+    return LoadVector(decodes, 1_000 * decodes, queued_tokens)
+
+
+def _beside_others(pace: Pace) -> tuple[_Learner, Ticket]:
+    """A stream on a backend where another replica has seven."""
+    learner = _Learner()
+    pace.learner = learner
+    pace.others("b", _other(7), 0.5)
+    ticket = _ticket("a", pace, 1.0)
+    _start(ticket, pace, 1.1)
+    return learner, ticket
+
+
+def test_sequences_of_other_replicas_are_in_the_steps_that_are_learned() -> None:
+    pace = Pace()
+    learner, ticket = _beside_others(pace)
+    _decode(pace, [ticket], 1.1, 60, 0.02)
+    [prefill] = learner.prefills
+    assert (prefill.decode_seqs, prefill.decode_kv_tokens) == (7, 7_000)
+    assert learner.steps
+    for sample in learner.steps:
+        assert sample.step_s == pytest.approx(0.02)
+        assert sample.decode_seqs == 8
+        assert sample.decode_kv_tokens > 7_000
+
+
+@pytest.mark.parametrize("told_after", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize("news", [_other(7, queued_tokens=500), _other(8)])
+def test_a_prompt_of_another_replica_spoils_a_window_even_if_it_is_told_late(
+    news: LoadVector, told_after: float
+) -> None:
+    pace = Pace()
+    learner, ticket = _beside_others(pace)
+    now_s = _decode(pace, [ticket], 1.1, round(told_after / 0.02), 0.02)
+    pace.others("b", news, now_s)
+    pace.others("b", _other(8), now_s + 0.01)
+    _decode(pace, [ticket], now_s + 0.02, 20, 0.02)
+    assert learner.steps == []  # the first that ends behind the news is not settled yet
+    _decode(pace, [ticket], now_s + 0.42, 20, 0.02)
+    assert {sample.decode_seqs for sample in learner.steps} == {9}
+
+
+def test_nothing_is_learned_while_another_replica_has_prompts_queued() -> None:
+    pace = Pace()
+    learner, ticket = _beside_others(pace)
+    pace.others("b", _other(8, queued_tokens=5_000), 1.15)
+    _decode(pace, [ticket], 1.2, 200, 0.02)
+    assert learner.steps == []
+    assert learner.prefills == []
+
+
+def test_a_sequence_of_another_replica_that_ends_spoils_nothing() -> None:
+    pace = Pace()
+    learner, ticket = _beside_others(pace)
+    now_s = _decode(pace, [ticket], 1.1, 10, 0.02)
+    pace.others("b", _other(6), now_s)
+    _decode(pace, [ticket], now_s, 20, 0.02)
+    assert [sample.decode_seqs for sample in learner.steps] == [7]

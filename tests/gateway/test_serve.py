@@ -142,6 +142,7 @@ async def _tier(ask: Client) -> str:
         (["check", "--policy", "nope"], 2, "unknown policy 'nope'"),
         (["check", "--config", "/nowhere.yaml"], 2, "No such file"),
         (["serve"], 2, "no backend: give --backend"),
+        (["serve", "--store", "redis://127.0.0.1:1"], 2, "no backend: the configuration names none"),
         (["check"], 0, "Request log: standard output."),
         (["check"], 0, "One process; state in memory."),
         (

@@ -13,7 +13,7 @@ import pytest
 from gateway.app import Gateway
 from gateway.config import ConfigError, KeySettings, Settings, TierSettings, key_digest
 from gateway.policy import SCHEMA, FleetPolicy, PolicyRefused, policy_of, read_body, to_body, with_policy
-from gateway.shared import PolicyConflict, PolicySource
+from gateway.shared import PolicyConflict, PolicySource, begin
 from state.contract import StoreUnavailable
 from state.documents import (
     Contribution,
@@ -152,6 +152,19 @@ async def test_the_first_file_seeds_and_a_later_replica_adopts() -> None:
         assert one.applied[-1].port == 8080
         async with replica(forced.documents, other_file, forced) as four:
             assert four.version == 2  # it says the same
+
+
+async def test_a_file_without_backends_takes_the_stores_and_seeds_nothing() -> None:
+    state = MemoryDocumentState()
+    none = file_of(backends=[])
+    for adopt_file in (False, True):
+        begun = await begin(none, PolicySource(MemoryDocuments(state), adopt_file=adopt_file))
+        assert begun.document is None
+        assert await MemoryDocuments(state).read() is None
+    async with replica(MemoryDocuments(state)) as one:
+        begun = await begin(none, PolicySource(MemoryDocuments(state)))
+        assert begun.document is not None
+        assert begun.settings.backends == one.shared.policy.backends != ()
 
 
 async def test_a_file_that_changed_is_not_taken_by_itself(caplog: pytest.LogCaptureFixture) -> None:

@@ -125,7 +125,7 @@ def test_more_answers_than_the_engine_runs_go_to_an_idle_one() -> None:
     ask = ask_for(asked)
     judged = judge(ledger, ask, math.inf, 0.0)
     assert judged.feasible
-    assert limits_for(ledger, ask, judged).decodes == 3
+    assert limits_for(ledger, ask, judged, resident_slack=True).decodes == 3
     put(ledger, "x", 20, tier="slow")
     assert verdict(ledger, asked) is Verdict.FULL
 
@@ -328,7 +328,7 @@ def test_any_load_inside_the_box_keeps_the_steady_pace(
     if not judged.feasible:
         return
     assert judged.peak_kv_tokens is not None
-    box = limits_for(ledger, ask, judged)
+    box = limits_for(ledger, ask, judged, resident_slack=True)
     cost = cost_of(asked, ask.output_tokens)
     base_decodes = ledger.stored.decodes + ledger.foreign.decodes + cost.decodes
     base_kv = ledger.stored.kv_tokens + ledger.foreign.peak_kv_tokens + cost.peak_kv_tokens
@@ -346,8 +346,39 @@ def test_any_load_inside_the_box_keeps_the_steady_pace(
 def test_a_box_is_not_empty_of_room() -> None:
     ledger = Ledger(backend())
     ask = ask_for(request("a"))
-    box = limits_for(ledger, ask, judge(ledger, ask, 0.02, 0.0))
+    box = limits_for(ledger, ask, judge(ledger, ask, 0.02, 0.0), resident_slack=True)
     assert box.decodes in {9, 10}, "ten decodes take 20 ms"
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1.0, 1.1]))
+def test_prompts_that_others_queue_within_the_box_make_no_resident_late(seed: int, margin: float) -> None:
+    """What another replica queued since it told of itself spends the same slack."""
+    rng = Random(seed)
+    ledger = Ledger(replace(backend(max_batched_tokens=512), margin=margin))
+    for index in range(rng.randrange(1, 5)):
+        slo = Slo(rng.uniform(0.02, 0.5), rng.choice([0.02, 0.05, 0.1]))
+        put(ledger, f"x{index}", rng.randrange(1, 30), slo=slo, prompt_tokens=10)
+    asked = request("new", "slow", prompt_tokens=rng.randrange(10, 2000), slo=Slo(60.0, 0.3))
+    ask = ask_for(asked)
+    judged = judge(ledger, ask, 0.3, 0.0)
+    if not judged.feasible:
+        return
+    box = limits_for(ledger, ask, judged, resident_slack=True)
+    room = box.queued_prefill_tokens - ledger.stored.prefill_tokens - own_prompt_tokens(asked)
+    assert room >= 0, "the placement itself is inside"
+    ledger.set_foreign(LoadVector(queued_prefill_tokens=rng.randint(0, room)), math.inf, 0.0)
+    assert residents_keep_pace(ledger, walk_prefill(ledger, asked, 0.0, 0.3))
+
+
+def test_without_slack_to_spare_the_box_has_no_room_for_others_prompts() -> None:
+    ledger = Ledger(backend(max_batched_tokens=512))
+    put(ledger, "tight", 1, slo=Slo(0.08, 0.02), prompt_tokens=10)
+    ask = ask_for(request("new", "slow", prompt_tokens=400, slo=Slo(60.0, 0.3)))
+    judged = judge(ledger, ask, 0.3, 0.0)
+    assert judged.feasible
+    kept = limits_for(ledger, ask, judged, resident_slack=True).queued_prefill_tokens
+    assert 400 <= kept < 1000
+    assert limits_for(ledger, ask, judged, resident_slack=False).queued_prefill_tokens > 10_000
 
 
 # --- what is seen at a glance ------------------------------------------------------------------------------

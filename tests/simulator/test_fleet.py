@@ -202,11 +202,22 @@ def test_replicas_share_the_work_and_the_truth() -> None:
     assert attained(together[0].served) > attained(alone.served) - 0.03
 
 
-def test_knowledge_that_is_old_costs_attainment() -> None:
+def test_knowledge_that_is_old_misleads_predictions_and_costs_little() -> None:
+    """What a decision did not know, the reservation refuses."""
     fresh = run("polyserve", 1, 10.0, replicas=3)[0]
     stale = run("polyserve", 1, 10.0, replicas=3, options=FleetOptions(view_age_s=2.0))[0]
     print(f"fresh {attained(fresh.served):.3f}, 2 s old {attained(stale.served):.3f}")
-    assert attained(stale.served) < attained(fresh.served) - 0.01
+    assert ttft_error(stale) > 1.2 * ttft_error(fresh)
+    assert attained(stale.served) > attained(fresh.served) - 0.05
+
+
+def ttft_error(result: SimResult) -> float:
+    """Median relative error of the predicted first token."""
+    return statistics.median(
+        abs(one.predicted_ttft_s / one.ttft_s - 1.0)
+        for one in result.served
+        if one.predicted_ttft_s is not None and one.ttft_s
+    )
 
 
 # --- faults, start-up, pace --------------------------------------------------------------------------------

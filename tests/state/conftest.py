@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from scheduling.load import Cost, Limits, ReserveCandidate
 from state.contract import Store
@@ -199,3 +201,18 @@ def asking() -> Asking:
         return ReserveCandidate(backend, cost, limits, tightest_resident_ms, epoch)
 
     return ask
+
+
+def run_machine(machine: type[RuleBasedStateMachine], max_examples: int) -> None:
+    """Draw sequences of calls, and check them."""
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=30,
+            deadline=None,
+            # Shrinking would take minutes, and a failure here is readable unshrunk.
+            phases=[Phase.explicit, Phase.reuse, Phase.generate],
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )

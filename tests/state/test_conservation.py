@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from scheduling.load import Cost, Limits, LoadVector, ReserveCandidate
 from state.contract import Changed, Conflict, Denied, Granted, Membership, Publication, Store
 
-from .conftest import CLUSTERS
+from .conftest import CLUSTERS, run_machine
 
 T = TypeVar("T")
 
@@ -215,14 +214,4 @@ class StoreMachine(RuleBasedStateMachine):
 def test_load_is_the_sum_of_the_leases(implementation: str) -> None:
     with asyncio.Runner() as runner:
         machine = type("Machine", (StoreMachine,), {"implementation": implementation, "runner": runner})
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=40,
-                stateful_step_count=30,
-                deadline=None,
-                # Shrinking would take minutes, and a failure here is readable unshrunk.
-                phases=[Phase.explicit, Phase.reuse, Phase.generate],
-                suppress_health_check=[HealthCheck.too_slow],
-            ),
-        )
+        run_machine(machine, max_examples=40)

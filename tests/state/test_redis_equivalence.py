@@ -11,14 +11,13 @@ from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from scheduling.load import Cost, Limits, LoadVector, ReserveCandidate
 from state.contract import BackendLoad, Changed, Conflict, Denied, Granted, Publication, Store
 
-from .conftest import CLUSTERS, Cluster, MemoryCluster
+from .conftest import CLUSTERS, Cluster, MemoryCluster, run_machine
 
 T = TypeVar("T")
 
@@ -228,14 +227,4 @@ class Two(RuleBasedStateMachine):
 def test_a_served_store_equals_the_memory_store(implementation: str) -> None:
     with asyncio.Runner() as runner:
         machine = type("Machine", (Two,), {"implementation": implementation, "runner": runner})
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=60,
-                stateful_step_count=30,
-                deadline=None,
-                # Shrinking would take minutes, and a failure here is readable unshrunk.
-                phases=[Phase.explicit, Phase.reuse, Phase.generate],
-                suppress_health_check=[HealthCheck.too_slow],
-            ),
-        )
+        run_machine(machine, max_examples=60)

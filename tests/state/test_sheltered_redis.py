@@ -316,15 +316,15 @@ async def test_who_starts_while_the_store_is_slow_waits_to_learn_of_the_others(t
     async with stand(Kind.REDIS, tmp_path) as made, Line(made.server.port) as line:
         line.delay(0.75 * TIMEOUT_S)
         url = made.server.url.replace(f":{made.server.port}", f":{line.port}")
-        connection = connect(parse_url(url))
-        inner = RedisStore(connection, "outage", "late", StoreOptions(lease_s=LONG, timeout_s=TIMEOUT_S))
-        late = Sheltered(inner, time.monotonic, replace(QUICK, first_s=PATIENCE_S))
-        await late.add_backend("x", "chat")
-        assert late.mode is Mode.ALONE  # all else than the first look takes too long
-        assert late.replicas >= REPLICAS
-        line.flow()
-        await late.close()
-        await connection.close()
+        async with connect(parse_url(url)) as connection:
+            inner = RedisStore(connection, "outage", "late", StoreOptions(lease_s=LONG, timeout_s=TIMEOUT_S))
+            late = Sheltered(inner, time.monotonic, replace(QUICK, first_s=PATIENCE_S))
+            await late.add_backend("x", "chat")
+            mode, replicas = late.mode, late.replicas
+            line.flow()
+            await late.close()
+        assert mode is Mode.ALONE  # all else than the first look takes too long
+        assert replicas >= REPLICAS
 
 
 @KINDS
@@ -337,7 +337,8 @@ async def test_a_server_that_is_emptied_while_it_runs(
         made.server.ask("FLUSHALL")
         await made.traffic(12)
         assert made.worst <= MOST
-        await until(lambda: all(Mode.HEALING in replica.modes for replica in made.replicas))
+        # Who finds out late may find all the others back already.
+        await until(lambda: any(Mode.HEALING in replica.modes for replica in made.replicas))
         record_property("healed_s", await made.healed())
         await made.traffic(12)
         assert made.worst <= MOST

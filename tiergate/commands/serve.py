@@ -97,7 +97,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
-    if not settings.backends:
+    if not settings.backends and settings.store.kind is not StoreKind.REDIS:
         raise UsageError("no backend: give --backend http://host:port, or `backends` in a configuration file")
     start_log()
     try:

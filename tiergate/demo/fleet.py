@@ -71,8 +71,8 @@ async def gateway(
     port = free_ports(1)[0]
     token = secrets.token_urlsafe(16)
     config = work / f"gateway-{name}.yaml"
-    settings = _settings(size, policy, engines, profile, port, token)
-    await asyncio.to_thread(_write_secret, config, yaml.safe_dump(settings))
+    written = yaml.safe_dump(settings(size, policy, engines, profile, port, token))
+    await asyncio.to_thread(_write_secret, config, written)
     log = work / f"gateway-{name}.log"
     async with tiergate(["serve", "--config", str(config)], log) as process:
         url = f"http://127.0.0.1:{port}"
@@ -80,9 +80,10 @@ async def gateway(
         yield Gateway(url, token, http)
 
 
-def _settings(
+def settings(
     size: Size, policy: str, engines: Sequence[str], profile: str, port: int, token: str
 ) -> dict[str, object]:
+    """The configuration file of such a gateway."""
     return {
         "port": port,
         "admin_token": token,

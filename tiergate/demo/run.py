@@ -89,7 +89,9 @@ async def _one(
         result = work / f"bench-{name}.json"
         log = work / f"bench-{name}.log"
         before = await front.state()
-        bench = await stack.enter_async_context(tiergate(_bench_arguments(size, seed, model, front, result), log))
+        bench = await stack.enter_async_context(
+            tiergate(bench_arguments(size, seed, model, front.url, result), log)
+        )
         if view is not None:
             await stack.enter_async_context(_watching(front, view, policy, seed))
         if await bench.wait() != 0:
@@ -102,12 +104,13 @@ async def _one(
         return RunOutcome(policy, seed, read, backend_seconds, _number(after, "loop_lag_max_s"))
 
 
-def _bench_arguments(size: Size, seed: int, model: str, front: Gateway, result: Path) -> list[str]:
+def bench_arguments(size: Size, seed: int, model: str, url: str, result: Path) -> list[str]:
+    """The load of one run at the gateway at `url`, as arguments of `tiergate`; its results go to `result`."""
     load = size.load
     from_s = f"{load.slice_s * seed:g}"
     source = [argument.replace("{from_s}", from_s) for argument in load.source]
     return [
-        *("bench", "--url", f"{front.url}/v1", "--model", model, "--lengths", load.lengths, *source),
+        *("bench", "--url", f"{url}/v1", "--model", model, "--lengths", load.lengths, *source),
         *("--rate-factor", f"{load.rate_factor:g}"),
         *("--tiers", size.mix, "--seed", str(seed), "--warmup", f"{load.warmup_s:g}"),
         *("--duration", f"{load.measured_s:g}", "--cooldown", f"{load.cooldown_s:g}", "--json", str(result)),

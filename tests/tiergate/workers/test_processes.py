@@ -225,7 +225,7 @@ async def _kept_open(service: Service) -> list[bytes]:
     return heads
 
 
-async def test_sighup_reaches_every_worker(service: Service) -> None:
+async def test_after_sighup_the_new_file_is_in_force_in_every_worker(service: Service) -> None:
     await _all_up(service)
     settings = orjson.loads(service.config.read_bytes())
     before = settings["tiers"]
