@@ -178,7 +178,7 @@ def plan_step(
 
     1. The step may last until the first token on board is due (`chunk_from_slack`): a decode's next one, or the
        first one of a prompt that ends in it. A decode that would be late even in a step without chunks binds it
-       with its pace only.
+       with its pace only, and one whose pace is shorter than that step not at all.
     2. When the step of all decodes is longer than the slack of one that a shorter step would serve in time, or
        when the first prompt would be on time if it ended in this step, and else late, decodes are left out, the
        loosest first: only as many as are needed, only if it helps, and only such as are still on time in the step
@@ -293,7 +293,7 @@ def room_for(decodes: Sequence[Decode], base: Step, demand: Demand, limits: Step
                 ruled.seconds(served),
                 rules,
             )
-            return Room(min(most_s, bound_s), skipped, served)
+            return Room(min(most_s, bound_s, tight_s), skipped, served)
     until_s = must_end_s(demand, within_s, behind_s)
     if until_s is not None and ruled.seconds(base + demand.first) > until_s:
         skipped = _left_out(kv_tokens, slacks_s, base, (until_s, behind_s), demand.first, ruled)
@@ -348,12 +348,14 @@ def _without(base: Step, skipped: Sequence[int], kv_tokens: Sequence[int]) -> St
 
 
 def _within_s(slacks_s: Sequence[float], paces_s: Sequence[float], decode_s: float, rules: Rules) -> float:
-    if not rules.chunk_from_slack:
-        return min(paces_s)
-    least_s = min(slacks_s)
-    if least_s >= decode_s:
-        return least_s
-    return min([slack if slack >= decode_s else pace for slack, pace in zip(slacks_s, paces_s, strict=True)])
+    bounds_s = paces_s
+    if rules.chunk_from_slack:
+        least_s = min(slacks_s)
+        if least_s >= decode_s:
+            return least_s
+        bounds_s = [slack if slack >= decode_s else pace for slack, pace in zip(slacks_s, paces_s, strict=True)]
+    # A pace that no step of these decodes keeps is lost; to stop the prompts for it would help nobody.
+    return min([bound_s for bound_s in bounds_s if bound_s >= decode_s], default=math.inf)
 
 
 def step_behind(base: Step, demand: Demand) -> Step:

@@ -68,6 +68,22 @@ def test_who_has_less_than_a_step_of_decodes_binds_with_its_pace() -> None:
     assert plan([Decode(100, 0.004, 0.02), Decode(100, 0.5, 0.05)]).within_s == 0.02
 
 
+def test_a_pace_that_no_step_keeps_stops_no_prompt() -> None:
+    """A client may ask for a pace that this engine has not; others' prompts must not starve for it."""
+    hopeless = Decode(100, -0.3, 0.001)
+    for rules in (RULES, replace(RULES, chunk_from_slack=False)):
+        assert plan([hopeless], [Prefill(5000)], rules).chunks == [4095]
+        assert plan([hopeless, Decode(100, 0.5, 0.05)], [Prefill(5000)], rules).within_s in (0.5, 0.05)
+
+
+def test_a_step_that_leaves_somebody_out_for_a_tight_token_brings_it_in_time() -> None:
+    decodes = [Decode(1, 0.008, 0.01), Decode(3000, 0.5, 0.05)]
+    for rules in (RULES, replace(RULES, chunk_from_slack=False)):
+        planned = plan(decodes, [Prefill(500)], rules)
+        assert planned.skipped == (1,)
+        assert planned.within_s == 0.008
+
+
 def test_without_a_promise_on_board_only_tokens_limit_the_step() -> None:
     planned = plan([Decode(100)], [Prefill(5000)])
     assert planned.within_s == math.inf
