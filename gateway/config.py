@@ -24,6 +24,7 @@ from scheduling.tiers import OnMiss, Slo, Tier, TierSet
 ENV_PREFIX = "TIERGATE_"
 
 PositiveMs = Annotated[float, Field(gt=0, le=3_600_000, allow_inf_nan=False)]
+ReserveMs = Annotated[float, Field(ge=0, le=10_000, allow_inf_nan=False)]
 PositiveS = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -231,6 +232,7 @@ class Settings(_Model):
     default_tier: str = "chat"
     policy: PolicySettings = PolicySettings()
     driving: bool = True
+    delivery_ms: ReserveMs = 5
     store: StoreSettings = StoreSettings()
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     keys: tuple[KeySettings, ...] = ()

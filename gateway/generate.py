@@ -191,7 +191,7 @@ class Exchange:
             # Milliseconds to the first deadline: the engine serves the more urgent first.
             None if math.isinf(order.priority) else int(order.priority * 1e3),
             arrived <= _USAGE_FIRST or arrived % settings.tokens.usage_every == 0,
-            promise_of(self._call.request, order, parts.clock()) if told else None,
+            promise_of(self._call.request, order, parts.clock(), settings.delivery_ms / 1e3) if told else None,
         )
 
     def _refusal(self, order: Refuse) -> ApiError:
@@ -355,11 +355,12 @@ class Exchange:
         )
 
 
-def promise_of(request: Request, order: Open, now_s: float) -> Promise:
-    """What the request was promised, as an engine is told that plans by it: times from now on."""
+def promise_of(request: Request, order: Open, now_s: float, delivery_s: float) -> Promise:
+    """What the request was promised, as an engine is told that plans by it: times from now on, without what a
+    token takes from the engine's step to the client."""
     ttft_s, tpot_s = request.slo.ttft_s, request.slo.tpot_s
     if ttft_s is not None:
-        ttft_s += request.arrival_s - now_s
+        ttft_s += request.arrival_s - now_s - delivery_s
     return Promise(ttft_s, tpot_s, order.decision.outcome is Outcome.RELEGATED)
 
 
