@@ -49,7 +49,11 @@ def _no_blocking_calls() -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    """Fail no example for its time: machines differ. Where CI is set, hypothesis draws the same ones each run."""
+    """Let children hear SIGINT. Fail no example for its time: machines differ. Where CI is set, hypothesis draws
+    the same ones each run."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A script ignores SIGINT for what it starts in the background, and children would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if settings.get_current_profile_name() != "ci":
         settings.register_profile("tiergate", deadline=None)
         settings.load_profile("tiergate")
