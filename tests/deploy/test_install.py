@@ -27,7 +27,8 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
 def test_it_installs_once_for_the_same_inputs(commands: list[list[str]], tmp_path: Path) -> None:
     python = installing.install(tmp_path / "venv")
     assert python == tmp_path / "venv" / "bin" / "python"
-    assert [command[-1] for command in commands if "pip" in command] == [str(installing.HERE / "plugin")]
+    local = [str(installing.HERE / "plugin"), str(installing.ENGINE_PACKAGE)]
+    assert [command[-1] for command in commands if "pip" in command] == local
     assert "Name: vllm\nVersion: 1.2.3+cpu" in (tmp_path / "vllm-1.2.3+cpu.dist-info" / "METADATA").read_text()
     commands.clear()
     installing.install(tmp_path / "venv")
