@@ -26,8 +26,8 @@ _PORTS: Sequence[int] = range(_LOWEST, _first_outgoing())
 def free_ports(count: int) -> list[int]:
     """Different loopback ports that nobody listens on now. Raises OSError when there are none.
 
-    None of those that the system gives to outgoing connections: any of these could take the port before its server
-    does, and whoever asks there whether the server listens already could be connected to itself.
+    As far as the system leaves any, none of those that it gives to outgoing connections: any of these could take
+    the port before its server does, and whoever asks there whether the server listens could meet itself.
     """
     found: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, _TRIES):
