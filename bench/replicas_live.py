@@ -27,9 +27,10 @@ from tests.servers import DataServer, Kind
 from tiergate.commands import CommandFailed
 from tiergate.demo.fleet import MODEL, emulated_engines, settings
 from tiergate.demo.outcome import BenchFile
-from tiergate.demo.processes import free_ports, ready, tail, tiergate
+from tiergate.demo.processes import ready, tail, tiergate
 from tiergate.demo.run import bench_arguments
 from tiergate.demo.sizes import EMULATED, Size
+from tiergate.ports import free_ports
 
 ONE = 1
 

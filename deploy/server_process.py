@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -14,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from tiergate.ports import free_ports
 
 POLL_S = 0.1
 LOG_TAIL_CHARACTERS = 4000
@@ -25,10 +26,7 @@ class ServerFailed(Exception):
 
 def free_port() -> int:
     """A loopback TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
 
 
 def _answers(url: str) -> bool:

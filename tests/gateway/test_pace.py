@@ -169,3 +169,12 @@ def test_a_sequence_of_another_replica_that_ends_spoils_nothing() -> None:
     pace.others("b", _other(6), now_s)
     _decode(pace, [ticket], now_s, 20, 0.02)
     assert [sample.decode_seqs for sample in learner.steps] == [7]
+
+
+def test_a_window_that_another_replica_spoilt_is_begun_again_at_once() -> None:
+    pace = Pace()
+    learner, ticket = _beside_others(pace)
+    now_s = _decode(pace, [ticket], 1.1, 8, 0.02)
+    pace.others("b", _other(8), now_s)
+    _decode(pace, [ticket], now_s, 25, 0.02)  # a whole window, and the time until it is believed
+    assert [sample.decode_seqs for sample in learner.steps] == [9]

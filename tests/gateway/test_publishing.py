@@ -228,3 +228,25 @@ async def test_what_one_holds_the_others_know() -> None:
             task.cancel()
     for gateway in pair:
         gateway.shell.stop_timer()
+
+
+async def test_what_others_carry_is_known_where_step_times_are_learned() -> None:
+    state = MemoryState()
+    pair = [_Gateway(state, name) for name in ("one", "two")]
+    one, two = pair
+    async with asyncio.TaskGroup() as tasks:
+        own = []
+        for gateway in pair:
+            await gateway.meet()
+            own += gateway.shell.start(tasks)
+        staying = [tasks.create_task(two.serve(30.0)) for _ in range(3)]
+        known = one.shell.pace._backends
+        await until(lambda: sum(backend.others.decodes for backend in known.values()) == 3)
+        for stay in staying:
+            stay.cancel()
+        await asyncio.wait(staying)
+        await until(lambda: not any(backend.others.decodes for backend in known.values()))
+        for task in own:
+            task.cancel()
+    for gateway in pair:
+        gateway.shell.stop_timer()

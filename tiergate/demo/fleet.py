@@ -13,8 +13,9 @@ import aiohttp
 import yaml
 
 from tiergate.commands import CommandFailed
-from tiergate.demo.processes import free_ports, ready, tiergate
+from tiergate.demo.processes import ready, tiergate
 from tiergate.demo.sizes import Size
+from tiergate.ports import free_ports
 
 MODEL = "demo"
 

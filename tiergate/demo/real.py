@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from tiergate.commands import CommandFailed
-from tiergate.demo.processes import free_ports, tail, tiergate
+from tiergate.demo.processes import tail, tiergate
 from tiergate.demo.run import Engines
 from tiergate.demo.sizes import Size
+from tiergate.ports import free_ports
 
 _PROFILE_S = 60
 
