@@ -1,148 +1,206 @@
-"""What driving engines is worth, simulated: `python -m bench.drive_sim`.
+"""What driving engines is worth, simulated: `python -m bench.drive_sim --out DIR`.
 
-Attainment of `polyserve_co` on simulated H200 engines, and the rate it keeps at 90 %, with engines
+The rate that a router keeps at 90 % attainment on simulated H200 engines, and its attainment around that rate,
+with engines
 
 * as they are started (stock, at the static token budget that does best of those tried),
 * paced (chunks at the host's pace, PolyServe §4.7),
 * driven (chunks from slack, prompts by deadline, loose decodes skipping, late prompts relegated), and
-* driven without one of these at a time;
+* driven without one of these at a time.
 
-on the same requests. Driven ones come twice: with a policy that counts on the pace, and with one that looks at
-the residents' slack. A router without tiers (`minimal`) shows the mechanisms where admission keeps less away from
-the engines. Runs are short: differences below two per cent are noise.
+`polyserve_co` counts on the pace of the engines that are driven, as it does live; one line has it look at the
+residents' slack instead. A router without tiers (`minimal`) shows the mechanisms where admission keeps less away
+from the engines.
+
+All variants get the same requests, by seed, and are run at two rates around where `driven` misses 90 %; those
+whose own crossing lies elsewhere are run there too. Results are kept in DIR: interrupt it at any time, the same
+command goes on. `--report` prints what is there. Tables come trace by trace and are written to DIR.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from scheduling.tiers import Slo
-from simulator.campaign.curve import Bound, Point, crossing
-from simulator.campaign.scale import scale_of
-from simulator.cell import run_cell
-from simulator.scenario import Cell, Contender, Engines, FleetSpec, Knob, Workload
-from workloads.mix import TierShare
+from rich.console import Console
 
-PROFILE = "h200-llama-3.1-8b-bf16"
-TRACES = ("azure2023_conv", "azure2023_code", "sharegpt_llama31_8b")
-TIERS = tuple(
-    TierShare(f"t{pace}", Slo(1.0, pace / 1e3), share)
-    for pace, share in ((20, 0.1), (30, 0.2), (50, 0.3), (100, 0.4))
-)
-TTFT_S = (0.3, 0.5, 1.0)
-PARTS = (1.0, 1.1, 1.2, 1.3, 1.4)
-"""Rates, as parts of the tier-packed reference, which small fleets and short runs exceed."""
-LEVEL = 0.9
-BUDGETS = (512, 1024, 2048, 0)
+from bench.compiled import NotBuilt, build
+from bench.drive_tables import DRIVEN, STOCK, Compared, summary_text, trace_text
+from simulator.campaign.address import Addresser
+from simulator.campaign.beside import Beside
+from simulator.campaign.goodput import MAIN, Search, SearchSettings, Subject
+from simulator.campaign.knobs import KnobSweep, Searched
+from simulator.campaign.plan import Plan
+from simulator.campaign.progress import ConsoleProgress
+from simulator.campaign.run import Pool, run_plans
+from simulator.campaign.scale import Scale, scale_of
+from simulator.campaign.store import Store
+from simulator.campaign.table import CHUNK_KNOB, HIGHEST, TRACES, fleet, quick
+from simulator.outcome import CellOutcome
+from simulator.scenario import Cell, Contender, Knob, Workload
+
+BUDGETS: tuple[Knob, ...] = (512, 1024, 2048, 0)
+"""Static token budgets of a step; 0: the engine's own, 8192 here."""
 MECHANISMS = ("chunk_from_slack", "deadline_order", "skip_loose", "relegate_late")
 ALL: Mapping[str, Knob] = dict.fromkeys(MECHANISMS, True)
+POLYSERVE, MINIMAL = "polyserve_co", "minimal"
+ROUTERS = (POLYSERVE, MINIMAL)
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How the engines are run, in words and in knobs."""
+    """How a router's engines are run, in words and in knobs. `swept`: at the best of the static budgets."""
 
     name: str
-    policy: str
+    router: str
     knobs: Mapping[str, Knob]
+    swept: bool = False
 
     @property
     def contender(self) -> Contender:
-        return Contender(self.policy, tuple(sorted(self.knobs.items())))
+        return Contender(self.router, tuple(sorted(self.knobs.items())))
 
 
-def variants() -> tuple[Variant, ...]:
-    """All that are compared; those named `stock N` are one line, the best of them."""
-    polyserve, minimal = "polyserve_co", "minimal"
-    slack_aware = {**ALL, "driven": False}
-    found = [
-        Variant(f"stock {budget}", polyserve, {"driven": False, "chunk_tokens": budget}) for budget in BUDGETS
-    ]
-    found += [
-        Variant("paced", polyserve, {}),
-        Variant("driven", polyserve, ALL),
-        Variant("driven, policy looks at slack", polyserve, slack_aware),
-    ]
-    found += [Variant(f"  without {name}", polyserve, {**slack_aware, name: False}) for name in MECHANISMS]
-    found += [Variant(f"minimal, stock {budget}", minimal, {"chunk_tokens": budget}) for budget in BUDGETS]
-    found += [Variant("minimal, driven", minimal, {**ALL, "chunk_tokens": 2048})]
-    found += [
-        Variant(f"  without {name}", minimal, {**ALL, "chunk_tokens": 2048, name: False}) for name in MECHANISMS
-    ]
+def variants(router: str) -> tuple[Variant, ...]:
+    """All that are compared with one router."""
+    if router == MINIMAL:
+        every: Mapping[str, Knob] = {**ALL, CHUNK_KNOB: 2048}
+        some = [Variant(STOCK, router, {}, swept=True), Variant(DRIVEN, router, every)]
+    else:
+        every = ALL
+        some = [
+            Variant(STOCK, router, {"driven": False}, swept=True),
+            Variant("paced", router, {}),
+            Variant(DRIVEN, router, every),
+            Variant("driven, policy looks at slack", router, {**every, "driven": False}),
+        ]
+    less = [Variant(f"driven without {name}", router, {**every, name: False}) for name in MECHANISMS]
+    return (*some, *less)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is run.
+
+    Attributes:
+        backends: engines of the fleet.
+        seeds: of every variant; the first of them finds the best static budget, the first two where to begin.
+    """
+
+    backends: int
+    seeds: tuple[int, ...]
+
+
+def compared(workload: Workload, router: str, size: Size) -> tuple[Compared, ...]:
+    """The plans of a router's variants on one trace."""
+    spec = fleet(size.backends, caching=workload.prefixes)
+    scale = scale_of(workload, spec)
+    settings = _settings(scale, size)
+
+    def search(variant: Variant, seeds: tuple[int, ...], tolerance: float) -> Search:
+        subject = Subject(workload, spec, variant.contender, scale.optimal_rps)
+        return Search(subject, replace(settings, seeds=seeds, tolerance=tolerance))
+
+    every = variants(router)
+    leader = search(next(one for one in every if one.name == DRIVEN), size.seeds[:2], 0.25)
+    found = []
+    for variant in every:
+        sweep = KnobSweep(search(variant, size.seeds[:1], 0.1), CHUNK_KNOB, BUDGETS) if variant.swept else None
+        searched = Searched(search(variant, size.seeds, 0.1), sweep)
+        found.append(Compared(variant.name, router, scale, Beside(leader, searched)))
     return tuple(found)
 
 
-def cell(trace: str, contender: Contender, rate_rps: float, size: argparse.Namespace) -> Cell:
-    """One run."""
-    return Cell(
-        Workload(trace, TIERS, TTFT_S),
-        FleetSpec((Engines(PROFILE, size.backends),)),
-        contender,
-        rate_rps,
-        size.seed,
-        warmup_requests=size.requests // 3,
-        measured_requests=size.requests,
-        cooldown_requests=size.requests // 10,
-    )
-
-
-def _curve(trace: str, variant: Variant, rates: Sequence[float], size: argparse.Namespace) -> list[Point]:
-    points = []
-    for rate_rps in rates:
-        overall = run_cell(cell(trace, variant.contender, rate_rps, size)).overall
-        points.append(Point(rate_rps, overall.attainment or 0.0, overall.offered))
-    return points
-
-
-def _line(name: str, points: Sequence[Point]) -> str:
-    found = crossing(points, LEVEL)
-    mark = {Bound.AT_LEAST: ">", Bound.AT_MOST: "<"}.get(found.bound, " ")
-    shares = " ".join(f"{100 * point.attainment:5.1f}" for point in points)
-    return f"  {name:34s} {shares}   {mark}{found.rate:6.1f} requests/s"
-
-
-def compare(trace: str, size: argparse.Namespace) -> None:
-    """All variants on one trace."""
-    some = cell(trace, Contender("polyserve_co"), 1.0, size)
-    optimal_rps = scale_of(some.workload, some.fleet).optimal_rps
-    rates = [part * optimal_rps for part in PARTS]
-    print(
-        f"{trace}: attainment in % at {', '.join(f'{rate:.0f}' for rate in rates)} requests/s; rate kept at 90 %"
-    )
-    best: tuple[float, Variant, list[Point]] | None = None
-    for variant in variants():
-        if size.only and size.only not in variant.name:
-            continue
-        points = _curve(trace, variant, rates, size)
-        if "stock" not in variant.name:
-            if best is not None:
-                print(_line(best[1].name, best[2]))
-                best = None
-            print(_line(variant.name, points), flush=True)
-            continue
-        kept = math.fsum(point.attainment for point in points)
-        if best is None or kept > best[0]:
-            best = (kept, variant, points)
-    if best is not None:
-        print(_line(best[1].name, best[2]))
+def _settings(scale: Scale, size: Size) -> SearchSettings:
+    length = replace(quick(), instances=size.backends).length(scale)
+    return SearchSettings(length, grid=(1.0, 1.25), highest=HIGHEST, most_rates=4, targets=(MAIN,))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare on the traces asked for."""
-    parser = argparse.ArgumentParser(description="What driving engines is worth, simulated.")
-    parser.add_argument("--traces", nargs="+", default=list(TRACES))
-    parser.add_argument("--backends", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=2500, help="measured requests of a run")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="variants whose name holds this")
-    size = parser.parse_args(arguments)
-    for trace in size.traces:
-        compare(trace, size)
-    return 0
+    """Run and print. Exit status 1 when cells failed, 130 when interrupted."""
+    args = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is to be interrupted
+    console = Console(stderr=True)
+    if not (args.interpreted or args.report):
+        _compile(console)
+    store = Store(args.out / "cells")
+    store.prepare()
+    addresser = Addresser.of_this_code()
+    size = Size(args.backends, tuple(range(1, args.seeds + 1)))
+    known: dict[Cell, CellOutcome] = {}
+    texts: list[str] = []
+    every: list[Compared] = []
+    failed = False
+    for workload in _workloads(args.traces):
+        of_trace = [one for router in args.routers for one in compared(workload, router, size)]
+        plans: list[Plan] = [one.plan for one in of_trace]
+        if args.report:
+            known.update(stored_of(plans, store, addresser))
+        else:
+            try:
+                with ConsoleProgress(console) as progress:
+                    done = run_plans(plans, store, Pool(args.jobs), progress=progress, addresser=addresser)
+            except KeyboardInterrupt:
+                console.print("interrupted; the same command goes on from there")
+                return INTERRUPTED
+            known.update(done.outcomes)
+            failed |= bool(done.failures)
+        every += of_trace
+        texts.append(trace_text(workload.trace, size.backends, of_trace, known))
+        print(texts[-1], flush=True)
+        (args.out / "tables.txt").write_text("\n".join(texts), encoding="utf-8")
+    texts.append(summary_text(every, known))
+    print(texts[-1], flush=True)
+    (args.out / "tables.txt").write_text("\n".join(texts), encoding="utf-8")
+    return 1 if failed else 0
+
+
+def stored_of(plans: Sequence[Plan], store: Store, addresser: Addresser) -> dict[Cell, CellOutcome]:
+    """What is stored of what the plans would run."""
+    known: dict[Cell, CellOutcome] = {}
+    for plan in plans:
+        missing = False
+        while not missing and (wanted := plan.wanted(known)):
+            for cell in wanted:
+                outcome = store.get(addresser.address(cell), cell)
+                if outcome is None:
+                    missing = True
+                else:
+                    known[cell] = replace(outcome, samples=())
+    return known
+
+
+def _workloads(names: Sequence[str]) -> Iterator[Workload]:
+    for name in names:
+        yield next(workload for workload in TRACES if workload.trace == name)
+
+
+def _compile(console: Console) -> None:
+    """Let the processes that run cells take the compiled core; they inherit the path."""
+    try:
+        with console.status("compiling the core, about a minute the first time"):
+            sys.path.insert(0, str(build()))
+    except NotBuilt as error:
+        console.print(f"the core runs interpreted, at about twice the cost: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    traces = [workload.trace for workload in TRACES]
+    parser.add_argument("--out", type=Path, required=True, help="folder of stored cells and of the tables")
+    parser.add_argument("--traces", nargs="+", choices=traces, default=traces)
+    parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=list(ROUTERS))
+    parser.add_argument("--backends", type=int, default=6, help="engines of the fleet")
+    parser.add_argument("--seeds", type=int, default=4, help="how many; three or more for an interval of use")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--report", action="store_true", help="run nothing; print what is stored")
+    parser.add_argument("--interpreted", action="store_true", help="do not compile the core first")
+    return parser
 
 
 if __name__ == "__main__":
