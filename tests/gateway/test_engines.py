@@ -117,7 +117,8 @@ async def test_mixed_tiers_share_them(policy: str) -> None:
         assert {tier for _, tier in served} == set(TIERS)
         assert sum(served.values()) == made.gateway.shell.counts.finished == 60
         await settled(made.gateway)
-        await until(lambda: [one.engine.running for one in made.gateway.fleet.members()] == [0, 0, 0])
+        # A TGI that was given nothing tells no number, as long as it has none.
+        await until(lambda: not any(one.engine.running for one in made.gateway.fleet.members()))
 
 
 async def test_tokens_are_counted_alike_however_they_come() -> None:
