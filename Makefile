@@ -72,6 +72,7 @@ test: lint unit
 bench: .venv/.ready
 	$(BIN)/python -m bench.decision_cost
 	$(BIN)/python -m bench.fill_cost
+	$(BIN)/python -m bench.plan_cost
 	$(BIN)/python -m bench.emulator_cost
 
 bench-overhead: .venv/.ready

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from tiergate_engine.drive import Rules
 from tiergate_engine.step import Step
 
+MIN_CHUNK_TOKENS = 16
+"""The chunk of a prompt on an engine that has nothing else to do, when its pace allows none."""
+
 
 class EngineFull(Exception):
     """The queue is at its cap; the sequence was not taken."""
@@ -61,6 +64,10 @@ class EngineConfig:
             raise ValueError(f"kv_tokens ({self.kv_tokens}) must hold at least one block of {self.block_tokens}")
         if not (self.host_step_s >= 0 and self.host_seq_s >= 0):
             raise ValueError("host_step_s and host_seq_s must not be negative")
+
+    def host_seconds(self, seqs: int) -> float:
+        """Host time of a step with so many sequences."""
+        return self.host_step_s + self.host_seq_s * seqs
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,22 +13,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
+from tiergate_engine.board import Decode, Decodes, Listed
 from tiergate_engine.fill import Order, Prefill, StepLimits, fill, ranked
 from tiergate_engine.step import Step, StepTime
 
-
-class Decode(NamedTuple):
-    """A running sequence that wants its next token.
-
-    Attributes:
-        kv_tokens: the context it reads in this step, the token being computed included.
-        slack_s: seconds until its next token is due; negative when it is late, infinite without a promise.
-        pace_s: seconds promised per token; infinite without a promise.
-    """
-
-    kv_tokens: int
-    slack_s: float = math.inf
-    pace_s: float = math.inf
+_REMEMBERED = 4096  # lengths of prompts, with the time of a step of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +67,23 @@ class Rules:
 class Ruled:
     """A step time as an engine is to reckon by its rules: with their margin and the host's time."""
 
-    __slots__ = ("base", "rules")
+    __slots__ = ("_prompts_s", "base", "rules")
 
     def __init__(self, rules: Rules, base: StepTime) -> None:
         self.rules = rules
         self.base = base
+        self._prompts_s: dict[int, float] = {}
+
+    def prompt_seconds(self, tokens: int, context_tokens: int) -> float:
+        """A step of one chunk alone. Prompts that wait are asked for in every step, so theirs are remembered."""
+        if context_tokens:
+            return self.seconds_of(tokens, 1, context_tokens, tokens * (context_tokens + tokens / 2), 0, 0)
+        known_s = self._prompts_s.get(tokens)
+        if known_s is None:
+            if len(self._prompts_s) >= _REMEMBERED:
+                self._prompts_s.clear()
+            known_s = self._prompts_s[tokens] = self.seconds_of(tokens, 1, 0, tokens * (tokens / 2), 0, 0)
+        return known_s
 
     def seconds(self, step: Step) -> float:
         """See `StepTime`."""
@@ -174,6 +175,11 @@ def plan_step(
     rules: Rules,
     step_time: StepTime,
 ) -> StepPlan:
+    """`plan_decodes` for decodes and step times as they are given."""
+    return plan_decodes(Listed(decodes), prefills, limits, Ruled(rules, step_time))
+
+
+def plan_decodes(decodes: Decodes, prefills: Sequence[Prefill], limits: StepLimits, ruled: Ruled) -> StepPlan:
     """Plan the next step. `limits` are the engine's own; a `within_s` in them holds beside the slack's.
 
     1. The step may last until the first token on board is due (`chunk_from_slack`): a decode's next one, or the
@@ -186,16 +192,17 @@ def plan_step(
     3. Prompts share what is left as `fill` has it, by deadline. One that would be late even if it had the
        engine to itself comes last (after QoServe's eager relegation, ASPLOS 2026).
     """
-    base = Step.decode(len(decodes), sum([one.kv_tokens for one in decodes]))
-    ruled = Ruled(rules, step_time)
-    asks, ranks = served_order(prefills, len(decodes), limits, ruled)
-    demand = demand_of(asks, ranks, len(decodes), limits)
+    kv_tokens = decodes.kv_tokens
+    seqs = len(kv_tokens)
+    base = Step.decode(seqs, sum(kv_tokens))
+    asks, ranks = served_order(prefills, seqs, limits, ruled)
+    demand = demand_of(asks, ranks, seqs, limits)
     room = until_first_due(room_for(decodes, base, demand, limits, ruled), asks, ranks, limits, ruled)
     queue = [asks[index] for index in ranks]
     shares = fill(room.served, queue, timed(limits, room), step_time=ruled)
     if not room.served.tokens and not any(shares):
         # Nobody decodes and not even one token keeps the time: without a step the engine would never go on.
-        shares = fill(room.served, queue, replace(limits, tokens=rules.floor_tokens, within_s=None))
+        shares = fill(room.served, queue, replace(limits, tokens=ruled.rules.floor_tokens, within_s=None))
     chunks = [0] * len(asks)
     for index, chunk in zip(ranks, shares, strict=True):
         chunks[index] = chunk
@@ -242,8 +249,7 @@ def is_late(prefill: Prefill, ruled: Ruled) -> bool:
     longer together than one of all their tokens."""
     if prefill.remaining_s <= 0.0:
         return True
-    whole = Step.chunk(prefill.tokens, prefill.context_tokens)
-    return ruled.seconds(whole) > prefill.remaining_s
+    return ruled.prompt_seconds(prefill.tokens, prefill.context_tokens) > prefill.remaining_s
 
 
 def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], decode_seqs: int, limits: StepLimits) -> Demand:
@@ -268,25 +274,31 @@ def demand_of(asks: Sequence[Prefill], ranks: Sequence[int], decode_seqs: int, l
     return Demand(first, remaining_s, seqs, kv_tokens)
 
 
-def room_for(decodes: Sequence[Decode], base: Step, demand: Demand, limits: StepLimits, ruled: Ruled) -> Room:
+def room_for(decodes: Decodes, base: Step, demand: Demand, limits: StepLimits, ruled: Ruled) -> Room:
     """How long the next step may take, and who is left out of it. `base` is the step of all decodes."""
     most_s = longest_s(limits, ruled.rules)
-    if not decodes:
+    if not base.decode_seqs:
         return Room(most_s, (), base)
     rules = ruled.rules
     decode_s = ruled.seconds(base)
-    kv_tokens, slacks_s, paces_s = zip(*decodes, strict=True)
-    within_s = min(most_s, _within_s(slacks_s, paces_s, decode_s, rules))
+    least_s = decodes.least_slack_s
+    if rules.chunk_from_slack and least_s >= decode_s:
+        within_s = min(most_s, least_s)
+    else:
+        within_s = min(most_s, _within_s(decodes.slacks_s(), decodes.paces_s(), decode_s, rules))
     if not rules.skip:
         return Room(within_s, (), base)
     behind_s = ruled.seconds(step_behind(base, demand))
-    tight_s = None if min(slacks_s) >= decode_s else least_within(slacks_s, least_step_s(ruled), decode_s)
+    tight_s = None
+    if least_s < decode_s:
+        tight_s = least_within(decodes.slacks_s(), least_step_s(ruled), decode_s)
     if tight_s is not None:
+        kv_tokens, slacks_s, paces_s = decodes.kv_tokens, decodes.slacks_s(), decodes.paces_s()
         skipped = _left_out(kv_tokens, slacks_s, base, (tight_s, behind_s), Step(), ruled)
         if skipped:
             served = _without(base, skipped, kv_tokens)
             out = set(skipped)
-            rest = [index for index in range(len(decodes)) if index not in out]
+            rest = [index for index in range(len(kv_tokens)) if index not in out]
             bound_s = _within_s(
                 [slacks_s[index] for index in rest],
                 [paces_s[index] for index in rest],
@@ -296,6 +308,7 @@ def room_for(decodes: Sequence[Decode], base: Step, demand: Demand, limits: Step
             return Room(min(most_s, bound_s, tight_s), skipped, served)
     until_s = must_end_s(demand, within_s, behind_s)
     if until_s is not None and ruled.seconds(base + demand.first) > until_s:
+        kv_tokens, slacks_s = decodes.kv_tokens, decodes.slacks_s()
         skipped = _left_out(kv_tokens, slacks_s, base, (until_s, behind_s), demand.first, ruled)
         if skipped:
             return Room(until_s, skipped, _without(base, skipped, kv_tokens))
@@ -333,7 +346,7 @@ def until_first_due(
             if slots <= 0:
                 continue
             slots -= 1
-        step += Step.chunk(one.tokens, one.context_tokens)
+        step = step.with_chunk(one.tokens, one.context_tokens)
         step_s = ruled.seconds(step)
         if step_s > within_s:
             break
@@ -422,4 +435,14 @@ def _left_out(
 
 def timed(limits: StepLimits, room: Room) -> StepLimits:
     """The limits with the time that the room gives to the step."""
-    return limits if room.within_s == math.inf else replace(limits, within_s=room.within_s)
+    if room.within_s == math.inf:
+        return limits
+    # Written out: `dataclasses.replace` costs more than the rest of this file's share in a small step.
+    return StepLimits(
+        limits.tokens,
+        limits.new_seqs,
+        limits.free_blocks,
+        limits.block_tokens,
+        limits.whole_prompt,
+        room.within_s,
+    )

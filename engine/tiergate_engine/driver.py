@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tiergate_engine.board import Decode, Listed
 from tiergate_engine.drive import (
-    Decode,
     Demand,
     Room,
     Ruled,
@@ -117,5 +117,5 @@ class Driver:
             Decode(self._decodes.kv_of(one) + 1, self._due.slack_s(one, now_s, steps), self._due.pace_s(one))
             for one in live
         ]
-        room = room_for(decodes, base, demand, limits, self.step_time)
+        room = room_for(Listed(decodes), base, demand, limits, self.step_time)
         return room, [live[index] for index in room.skipped]

@@ -106,7 +106,7 @@ def fill(
             chunk = step_time.chunk_tokens(base, limits.within_s, prefill.context_tokens, chunk)
             if chunk == 0:
                 break
-            base += Step.chunk(chunk, prefill.context_tokens)
+            base = base.with_chunk(chunk, prefill.context_tokens)
         if chunk == 0:
             admitting = admitting and prefill.admitted
             continue
@@ -129,7 +129,8 @@ def ranked(prefills: Sequence[Prefill], order: Order) -> Sequence[int]:
     if len(prefills) < 2:
         return range(len(prefills))
     if order is Order.DEADLINE:
-        return sorted(range(len(prefills)), key=lambda index: _BY_DEADLINE(prefills[index]))
+        keys = list(map(_BY_DEADLINE, prefills))
+        return sorted(range(len(keys)), key=keys.__getitem__)
     if any(map(_BY_RELEGATION, prefills)):
         return sorted(range(len(prefills)), key=lambda index: prefills[index].relegated)
     return range(len(prefills))

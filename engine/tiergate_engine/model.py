@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tiergate_engine.contract import (
+    MIN_CHUNK_TOKENS,
     Emitted,
     EngineConfig,
     EngineFull,
@@ -44,9 +45,6 @@ __all__ = [
     "SequenceSpec",
     "SequenceTooLong",
 ]
-
-MIN_CHUNK_TOKENS = 16
-"""The chunk of a prompt on an engine that has nothing else to do, when its pace allows none."""
 
 
 class EngineModel:
@@ -94,6 +92,11 @@ class EngineModel:
     def running(self) -> int:
         """Sequences that hold a slot."""
         return len(self._running)
+
+    @property
+    def decodes(self) -> int:
+        """Sequences that want a token of every step."""
+        return self._decodes.seqs
 
     @property
     def waiting(self) -> int:
@@ -230,12 +233,9 @@ class EngineModel:
         ]
         if not step.tokens:
             return None
-        host_s = self._host_seconds(step.decode_seqs + step.prefill_seqs)
+        host_s = self.config.host_seconds(step.decode_seqs + step.prefill_seqs)
         self._in_flight = PlannedStep(step, now_s, self._step_time.seconds(step) + host_s)
         return self._in_flight
-
-    def _host_seconds(self, seqs: int) -> float:
-        return self.config.host_step_s + self.config.host_seq_s * seqs
 
     def finish_step(self, now_s: float) -> tuple[Emitted, ...]:
         """End the step in flight: every token that came out, in running order."""
@@ -377,7 +377,7 @@ class EngineModel:
         asks = [Prefill(s.chunk or s.target - s.kv, s.kv, admitted=True) for s in sequences]
         if admit and self._waiting:
             self._peek_queue(left - sum(ask.tokens for ask in asks), sequences, asks, now_s)
-        within_s = None if self._pace_s is None else self._pace_s - self._host_seconds(step.decode_seqs + 1)
+        within_s = None if self._pace_s is None else self._pace_s - self.config.host_seconds(step.decode_seqs + 1)
         return self._share(step, sequences, asks, self._limits(within_s), MIN_CHUNK_TOKENS)
 
     def _limits(self, within_s: float | None) -> StepLimits:

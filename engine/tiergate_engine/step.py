@@ -37,6 +37,17 @@ class Step:
         """`seqs` decodes whose contexts sum to `kv_tokens`."""
         return cls(decode_seqs=seqs, decode_kv_tokens=kv_tokens)
 
+    def with_chunk(self, tokens: int, context_tokens: int) -> Step:
+        """This and a chunk of `tokens` tokens behind `context_tokens`: a sum that makes one object."""
+        return Step(
+            self.prefill_tokens + tokens,
+            self.prefill_seqs + 1,
+            self.prefill_context_tokens + context_tokens,
+            self.prefill_attention + tokens * (context_tokens + tokens / 2),
+            self.decode_seqs,
+            self.decode_kv_tokens,
+        )
+
     @property
     def tokens(self) -> int:
         """Batched tokens: what an engine's token budget counts."""

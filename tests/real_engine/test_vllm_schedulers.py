@@ -28,6 +28,7 @@ NAMES = (
     "orders_that_lapse_leave_vllms_own_queue",
     "whatever_comes_everybody_gets_all_tokens",
     "facts_tell_each_step_and_its_time",
+    "the_cost_that_is_told_is_what_was_spent_around_vllms_own_schedule",
     "an_untested_version_runs_vllms_own_scheduler_or_refuses",
     "the_control_routes_stand_behind_the_api_key",
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tiergate_engine.drive import Decode, plan_step
+from tiergate_engine.board import Decode
+from tiergate_engine.drive import plan_step
 from tiergate_engine.fill import Prefill, StepLimits
 from tiergate_engine.model import EngineConfig, SequenceSpec
 from tiergate_engine.step import Step, StepTime

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiergate_engine.drive import Decode, Demand, Ruled, Rules, StepPlan, least_step_s, plan_step, step_behind
+from tiergate_engine.board import Decode
+from tiergate_engine.drive import Demand, Ruled, Rules, StepPlan, least_step_s, plan_step, step_behind
 from tiergate_engine.fill import Prefill, StepLimits
 from tiergate_engine.step import Step
 from tiergate_engine.steptime import RooflineStepTime

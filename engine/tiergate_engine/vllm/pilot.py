@@ -11,14 +11,16 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from tiergate_engine.control import Mode, Orders, StepFact
-from tiergate_engine.drive import Decode, Ruled, StepPlan, is_late, plan_step
+from tiergate_engine.drive import Ruled, StepPlan, is_late, plan_decodes
 from tiergate_engine.fill import Prefill, StepLimits
-from tiergate_engine.step import Step, StepTime
+from tiergate_engine.step import Step
+from tiergate_engine.vllm.content import Held, StepOutput, step_of
 from tiergate_engine.vllm.facts import FactsRing
 from tiergate_engine.vllm.promises import EngineRequest, next_due_s
+from tiergate_engine.vllm.running import Running, by_want
 from tiergate_engine.vllm.waiting import DeadlineQueue
 
 HEADS = 16
@@ -35,13 +37,6 @@ class Waiting(Protocol):
     def __iter__(self) -> Iterator[EngineRequest]: ...
 
 
-class StepOutput(Protocol):
-    """What is read of a step that vLLM scheduled: tokens by request, and how many of those are drafts."""
-
-    num_scheduled_tokens: dict[str, int]
-    scheduled_spec_decode_tokens: dict[str, list[int]]
-
-
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What a scheduler holds before a step.
@@ -53,6 +48,7 @@ class Situation:
         budget_tokens, running_cap: the engine's own limits.
         held_slots: slots taken by sequences that are not among the running.
         free_blocks: None when the engine's memory is not one pool of blocks.
+        drafts: sequences may carry speculative drafts.
     """
 
     running: Sequence[EngineRequest]
@@ -64,6 +60,7 @@ class Situation:
     free_blocks: int | None = None
     block_tokens: int = 16
     whole_prompt: bool = True
+    drafts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +73,7 @@ class Turn:
         budget_tokens: of the whole step.
         running_cap: most sequences among the shown and the newly admitted.
         skipped: decodes among those left out.
+        held: what the step will hold if vLLM does as planned; None when that was not reckoned.
     """
 
     running: list[EngineRequest]
@@ -83,18 +81,7 @@ class Turn:
     budget_tokens: int
     running_cap: int
     skipped: int = 0
-
-
-class _Running(NamedTuple):
-    """The running sequences by what they want of the next step."""
-
-    decodes: list[EngineRequest]  # one token each, or a few with speculation
-    asks: list[Decode]  # of the decodes
-    prefills: list[EngineRequest]
-    done: list[EngineRequest]  # nothing more to schedule: their last token is on its way
-    decode_tokens: int
-    least_slack_s: float  # of the decodes
-    kv_tokens: int  # of the decodes
+    held: Held | None = None
 
 
 @dataclass(slots=True)
@@ -130,6 +117,7 @@ class Pilot:
     given_s: float | None = None
     watched_s: float = -math.inf
     last_budget_tokens: int | None = None
+    _ruled: Ruled | None = None
     _calm: _Calm | None = None
     _flights: deque[_Flight] = field(default_factory=deque)
     _back_s: float = -math.inf
@@ -139,6 +127,7 @@ class Pilot:
         self.orders, self.given_s, self.watched_s = orders, now_s, now_s
         self.digest = orders.digest if digest is None else digest
         self._calm = None
+        self._ruled = None if orders.profile is None else Ruled(orders.rules, orders.profile)
 
     def watch(self, now_s: float) -> None:
         """Somebody asked for facts."""
@@ -176,9 +165,9 @@ class Pilot:
             return False
         calm.kv_tokens += calm.tokens
         orders = self.orders
-        if orders.mode is not Mode.DRIVEN or orders.profile is None or not orders.rules.skip:
+        if orders.mode is not Mode.DRIVEN or self._ruled is None or not orders.rules.skip:
             return True
-        decode_s = Ruled(orders.rules, orders.profile).decode_seconds(calm.seqs, calm.kv_tokens)
+        decode_s = self._ruled.decode_seconds(calm.seqs, calm.kv_tokens)
         return calm.least_due_s - self.free_s(now_s) >= decode_s
 
     def look_again(self) -> None:
@@ -189,21 +178,21 @@ class Pilot:
         """What to set for the next step under the orders in force."""
         self.look_again()
         free_s = self.free_s(now_s)
-        running = _by_want(situation.running, free_s)
+        running = by_want(situation.running, free_s, drafts=situation.drafts)
         cap = situation.running_cap
         if self.orders.running_cap is not None:
             cap = min(cap, self.orders.running_cap)
         budget = situation.budget_tokens
         if self.orders.chunk_tokens is not None:
             budget = min(budget, running.decode_tokens + self.orders.chunk_tokens)
-        if self.orders.mode is Mode.DRIVEN and self.orders.profile is not None:
-            turn = self._driven(situation, running, (budget, cap), self.orders.profile, free_s)
+        if self.orders.mode is Mode.DRIVEN and self._ruled is not None:
+            turn = self._driven(situation, running, (budget, cap), self._ruled, free_s)
         else:
             turn = Turn(running.done + running.decodes + running.prefills, frozenset(), budget, cap)
         self.last_budget_tokens = turn.budget_tokens
         if not running.prefills and not len(situation.queue) and not len(situation.holding):
             due_s = running.least_slack_s + free_s
-            self._calm = _Calm(len(situation.running), running.decode_tokens, running.kv_tokens, due_s)
+            self._calm = _Calm(len(situation.running), running.decode_tokens, sum(running.kv_tokens), due_s)
         return turn
 
     def free_s(self, now_s: float) -> float:
@@ -216,39 +205,28 @@ class Pilot:
     def _driven(
         self,
         situation: Situation,
-        running: _Running,
+        running: Running,
         limits: tuple[int, int],
-        profile: StepTime,
+        ruled: Ruled,
         free_s: float,
     ) -> Turn:
         budget, cap = limits
         free_blocks = situation.free_blocks
-        rules = self.orders.rules
         if free_blocks is not None:
             free_blocks -= len(running.decodes)  # at most one each
             if free_blocks < 0:
                 free_blocks = 0
-                rules = replace(rules, skip=False)  # vLLM must see whom it may preempt
-        ruled = Ruled(rules, profile)
-        prompts = running.prefills + _heads(situation, budget, free_s, ruled)
+                ruled = Ruled(replace(ruled.rules, skip=False), ruled.base)  # vLLM must see whom it may preempt
+        slots = max(cap - len(situation.running) - situation.held_slots, 0)
+        prompts = list(running.prefills)
+        asks = [_prefill(one, free_s, True) for one in prompts]
+        _add_heads(prompts, asks, situation, (budget, slots), free_s, ruled)
         if not prompts:
-            decode_s = ruled.decode_seconds(len(running.asks), running.kv_tokens)
-            if not rules.skip or running.least_slack_s >= decode_s:  # most steps are such, and planning costs time
-                return Turn(running.done + running.decodes, frozenset(), budget, cap)
-        admitted = len(running.prefills)
-        plan = plan_step(
-            running.asks,
-            [_prefill(one, free_s, index < admitted) for index, one in enumerate(prompts)],
-            StepLimits(
-                budget,
-                max(cap - len(situation.running) - situation.held_slots, 0),
-                free_blocks,
-                situation.block_tokens,
-                situation.whole_prompt,
-            ),
-            rules,
-            profile,
-        )
+            decode_s = ruled.decode_seconds(len(running.decodes), sum(running.kv_tokens))
+            if not ruled.rules.skip or running.least_slack_s >= decode_s:  # most steps are such
+                return Turn(running.done + running.decodes, frozenset(), budget, cap, 0, running.held([]))
+        allowed = StepLimits(budget, slots, free_blocks, situation.block_tokens, situation.whole_prompt)
+        plan = plan_decodes(running, asks, allowed, ruled)
         return _turn_of(plan, running, prompts, budget, cap)
 
     # --- behind a step
@@ -259,11 +237,12 @@ class Pilot:
         requests: Mapping[str, EngineRequest],
         set_to: tuple[int, int],
         began_s: float,
+        held: Held | None = None,
     ) -> None:
-        """A step was scheduled. `set_to`: its budget, and the decodes skipped."""
+        """A step was scheduled. `set_to`: its budget, and the decodes skipped; `held`: of its `Turn`."""
         if not output.num_scheduled_tokens:
             return
-        step = _step_of(output, requests)
+        step = step_of(output, requests, held)
         profile = self.orders.profile
         predicted_s = 0.0 if profile is None else profile.seconds(step)
         self._flights.append(_Flight(output, step, began_s, predicted_s, *set_to))
@@ -283,67 +262,53 @@ class Pilot:
         return now_s - self.watched_s <= WATCHED_S or self.mode(now_s) is Mode.DRIVEN
 
 
-def _heads(situation: Situation, tokens: int, free_s: float, ruled: Ruled) -> list[EngineRequest]:
-    """The prompts that vLLM would admit next, as far as a step's `tokens` go: those that hold memory already, then
-    the head of the queue.
+def _add_heads(
+    prompts: list[EngineRequest],
+    asks: list[Prefill],
+    situation: Situation,
+    limits: tuple[int, int],
+    free_s: float,
+    ruled: Ruled,
+) -> None:
+    """Add the prompts that vLLM would admit next, and what they ask for, as far as a step's `limits` go, which are
+    tokens and slots: those that hold memory already, then the head of the queue.
 
     Prompts that can no longer be on time are put behind the others on the way, for good: the plan judges them the
     same way, and vLLM's order has to be the plan's.
     """
-    heads = list(situation.holding)
+    tokens, slots = limits
     queue = situation.queue
+    if not slots or not (len(queue) or len(situation.holding)):
+        return
+    heads = list(situation.holding)
+    asked = [_prefill(one, free_s, False) for one in heads]
     if not isinstance(queue, DeadlineQueue):
-        return heads + list(islice(queue, HEADS))
-    for one in queue.first(HEADS):
-        if queue.given_up(one):
-            break
-        prompt = _prefill(one, free_s, False)
-        if ruled.rules.relegate and is_late(prompt, ruled):
-            queue.give_up(one)
-            continue
-        heads.append(one)
-        tokens -= prompt.tokens
-        if tokens <= 0:
-            return heads
-    return [*situation.holding, *queue.first(HEADS)]
-
-
-def _by_want(running: Sequence[EngineRequest], free_s: float) -> _Running:
-    """Sort who runs. One plain loop over attributes: it is most of what planning costs."""
-    decodes: list[EngineRequest] = []
-    asks: list[Decode] = []
-    prefills: list[EngineRequest] = []
-    done: list[EngineRequest] = []
-    drafts = kv_sum = 0
-    never = least_s = math.inf
-    made, ask, keep = (
-        tuple.__new__,
-        asks.append,
-        decodes.append,
-    )  # a named tuple's own constructor costs twice as much
-    for one in running:
-        if one.is_prefill_chunk:
-            prefills.append(one)
-            continue
-        kv_tokens = one.num_computed_tokens + 1
-        index = kv_tokens - one.num_prompt_tokens  # of the token that this step makes
-        ahead = one.num_output_placeholders
-        if ahead and index + 1 - ahead >= one.max_tokens:
-            done.append(one)  # as vLLM's own loop has it
-            continue
-        keep(one)
-        kv_sum += kv_tokens
-        first_s, pace_s, relegated = one.tiergate_due
-        if relegated or pace_s == never:
-            ask(made(Decode, (kv_tokens, never, never)))
-        else:
-            slack_s = first_s + index * pace_s - free_s
-            ask(made(Decode, (kv_tokens, slack_s, pace_s)))
-            if slack_s < least_s:
-                least_s = slack_s
-        if one.spec_token_ids:
-            drafts += len(one.spec_token_ids)
-    return _Running(decodes, asks, prefills, done, len(decodes) + drafts, least_s, kv_sum)
+        heads += islice(queue, HEADS)
+        asked += [_prefill(one, free_s, False) for one in heads[len(asked) :]]
+    else:
+        judged = queue.first(HEADS)
+        again = False
+        for one in judged:
+            if queue.given_up(one):
+                again = True
+                break
+            ask = _prefill(one, free_s, False)
+            if ruled.rules.relegate and is_late(ask, ruled):
+                queue.give_up(one)
+                again = True
+                continue
+            heads.append(one)
+            asked.append(ask)
+            tokens -= ask.tokens
+            slots -= 1
+            if tokens <= 0 or not slots:
+                again = False
+                break
+        if again:
+            heads = [*situation.holding, *queue.first(HEADS)]
+            asked = [_prefill(one, free_s, False) for one in heads]
+    prompts += heads
+    asks += asked
 
 
 def _prefill(one: EngineRequest, free_s: float, admitted: bool) -> Prefill:
@@ -358,7 +323,7 @@ def _prefill(one: EngineRequest, free_s: float, admitted: bool) -> Prefill:
     return Prefill(tokens, computed, admitted, next_due_s(one) - free_s, one.tiergate_due.relegated)
 
 
-def _turn_of(plan: StepPlan, running: _Running, prompts: Sequence[EngineRequest], budget: int, cap: int) -> Turn:
+def _turn_of(plan: StepPlan, running: Running, prompts: Sequence[EngineRequest], budget: int, cap: int) -> Turn:
     """What to set so that vLLM, which serves its running in order and then its queue, does what was planned."""
     admitted = len(running.prefills)
     skipped = {running.decodes[index] for index in plan.skipped}
@@ -377,24 +342,5 @@ def _turn_of(plan: StepPlan, running: _Running, prompts: Sequence[EngineRequest]
     ordered = [prompts[index] for index in plan.order if index < admitted]
     everybody = running.done + running.decodes + ordered
     out = frozenset(skipped | left_out)
-    return Turn(everybody, out, max(min(tokens, budget), 1), cap - len(out), len(skipped))
-
-
-def _step_of(output: StepOutput, requests: Mapping[str, EngineRequest]) -> Step:
-    """What a step holds. Read behind vLLM's `schedule`, when the step's tokens count as computed."""
-    prefill_tokens = prefill_seqs = prefill_context = decode_seqs = decode_kv = 0
-    attention = 0.0
-    drafts = output.scheduled_spec_decode_tokens
-    for request_id, tokens in output.num_scheduled_tokens.items():
-        one = requests[request_id]
-        computed = one.num_computed_tokens
-        before = computed - tokens
-        if before >= one.num_prompt_tokens and (tokens == 1 or tokens == 1 + len(drafts.get(request_id, ()))):
-            decode_seqs += 1
-            decode_kv += computed
-        else:
-            prefill_tokens += tokens
-            prefill_seqs += 1
-            prefill_context += before
-            attention += tokens * (before + tokens / 2)
-    return Step(prefill_tokens, prefill_seqs, prefill_context, attention, decode_seqs, decode_kv)
+    held = running.held(prompts, plan.skipped if skipped else ())
+    return Turn(everybody, out, max(min(tokens, budget), 1), cap - len(out), len(skipped), held)

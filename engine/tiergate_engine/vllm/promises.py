@@ -30,9 +30,12 @@ NO_PROMISE = Due()
 
 
 class EngineRequest(Protocol):
-    """What is read of vLLM's request."""
+    """What is read of vLLM's request, and what `promise` writes to it: the first two numbers are those of its due
+    time as a decode needs them, which binds nobody when its promise is given up or says nothing of a pace."""
 
     tiergate_due: Due
+    tiergate_first_s: float
+    tiergate_pace_s: float
     request_id: str
     priority: int
     arrival_time: float
@@ -58,6 +61,13 @@ def due_of(xargs: Mapping[str, object] | None, age_s: float, now_s: float) -> Du
         return Due(relegated=True) if promise.relegated else NO_PROMISE
     came_s = now_s - min(max(age_s, 0.0), _LONGEST_AGE_S)
     return Due(came_s + promise.ttft_s, math.inf if promise.tpot_s is None else promise.tpot_s, promise.relegated)
+
+
+def promise(request: EngineRequest, due: Due) -> None:
+    """Note what a request was promised."""
+    binds = not due.relegated and due.pace_s < math.inf
+    request.tiergate_due = due
+    request.tiergate_first_s, request.tiergate_pace_s = (due.first_s, due.pace_s) if binds else (math.inf, 0.0)
 
 
 def next_due_s(request: EngineRequest) -> float:

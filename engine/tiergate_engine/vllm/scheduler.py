@@ -26,7 +26,7 @@ from tiergate_engine.control import ControlError, EngineState, SchedulerKind
 from tiergate_engine.vllm.calls import engine_call
 from tiergate_engine.vllm.facts import FactsRing
 from tiergate_engine.vllm.pilot import Pilot, Situation, Turn
-from tiergate_engine.vllm.promises import NO_PROMISE, due_of
+from tiergate_engine.vllm.promises import NO_PROMISE, due_of, promise
 from tiergate_engine.vllm.versions import STRICT_SWITCH, TESTED, UTILITY, plain_version
 from tiergate_engine.vllm.waiting import DeadlineQueue
 
@@ -76,31 +76,32 @@ class _Driven(Scheduler):  # type: ignore[misc]  # vLLM is not installed where t
 
     def add_request(self, request: Request) -> None:
         """Take a request in, and note what it was promised."""
-        request.tiergate_due = NO_PROMISE
+        promise(request, NO_PROMISE)
         xargs = None if request.sampling_params is None else request.sampling_params.extra_args
         if xargs:
             try:
-                request.tiergate_due = due_of(xargs, time.time() - request.arrival_time, time.monotonic())
+                promise(request, due_of(xargs, time.time() - request.arrival_time, time.monotonic()))
             except ControlError as error:
                 logger.warning("tiergate: request %s runs without a promise: %s", request.request_id, error)
         super().add_request(request)
 
     def schedule(self, *args: Any, **named: Any) -> SchedulerOutput:
         """Fill a step: vLLM's own, with what was planned around it."""
+        # A thread's own time: others' turns on its core are not the plug-in's work.
         began_s, work_from_s = time.monotonic(), time.thread_time()
         turn = self._begin(began_s)
-        cost_s = (
-            time.thread_time() - work_from_s
-        )  # a thread's own time: others' turns on its core are not its work
+        cost_s = time.thread_time() - work_from_s
         try:
             output = super().schedule(*args, **named)
         finally:
+            work_from_s = time.thread_time()
             if turn is not None:
                 self._put_back(turn)
-        if self.tiergate.watching(began_s):
-            work_from_s = time.thread_time()
+        watched = self.tiergate.watching(began_s)
+        if watched:
             self._note_scheduled(output, turn, began_s)
-            cost_s += time.thread_time() - work_from_s
+        cost_s += time.thread_time() - work_from_s
+        if watched:
             before_s = cost_s if self.tiergate_plan_s is None else self.tiergate_plan_s
             self.tiergate_plan_s = before_s + _SMOOTHING * (cost_s - before_s)
         return output
@@ -150,6 +151,7 @@ class _Driven(Scheduler):  # type: ignore[misc]  # vLLM is not installed where t
             free_blocks=None if pool is None else pool.get_num_free_blocks(),
             block_tokens=self.block_size,
             whole_prompt=self.scheduler_reserve_full_isl,
+            drafts=self.num_spec_tokens > 0,
         )
 
     def _put_back(self, turn: Turn) -> None:
@@ -175,7 +177,7 @@ class _Driven(Scheduler):  # type: ignore[misc]  # vLLM is not installed where t
     def _note_scheduled(self, output: SchedulerOutput, turn: Turn | None, began_s: float) -> None:
         set_to = (self._own_budget_tokens, 0) if turn is None else (turn.budget_tokens, turn.skipped)
         try:
-            self.tiergate.scheduled(output, self.requests, set_to, began_s)
+            self.tiergate.scheduled(output, self.requests, set_to, began_s, None if turn is None else turn.held)
         except Exception as error:  # noqa: BLE001 (facts are for others: the engine goes on without them)
             self._failed("what the step held", error)
 

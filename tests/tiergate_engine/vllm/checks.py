@@ -188,7 +188,7 @@ def loose_decodes_are_left_out_and_stay_on_time(asynchronous: bool) -> None:
 def a_plan_that_fails_leaves_vllms_own_step_and_is_said_once(asynchronous: bool) -> None:
     own = Engine(asynchronous=asynchronous, driven=False)
     offer(own, 7, 20, promised=True)
-    with mock.patch.object(pilot, "plan_step", side_effect=ZeroDivisionError("a broken plan")):
+    with mock.patch.object(pilot, "plan_decodes", side_effect=ZeroDivisionError("a broken plan")):
         engine = Engine(asynchronous=asynchronous)
         order(engine, replace(DRIVEN, rules=replace(DRIVEN.rules, deadline_order=False)))
         offer(engine, 7, 20, promised=True)
@@ -246,6 +246,42 @@ def facts_tell_each_step_and_its_time(asynchronous: bool) -> None:
         assert fact.step.tokens <= fact.budget_tokens
     assert engine.scheduler.tiergate.facts.since(len(held) - 1).first == len(held) - 1
     assert len(engine.scheduler.tiergate.facts.since(len(held) - 1).facts) == 1
+
+
+def the_cost_that_is_told_is_what_was_spent_around_vllms_own_schedule(asynchronous: bool) -> None:
+    """Each part takes a time of its own by a made-up clock; vLLM's own part is not the plug-in's."""
+    engine = Engine(asynchronous=asynchronous)
+    order(engine, replace(DRIVEN, chunk_tokens=64))
+    spent_s = 0.0
+
+    def thread_time() -> float:
+        return spent_s
+
+    def costs(owner: object, name: str, seconds: float) -> mock._patch[Callable[..., object]]:
+        own: Callable[..., object] = getattr(owner, name)
+
+        def call(*args: object, **named: object) -> object:
+            nonlocal spent_s
+            answer = own(*args, **named)
+            spent_s += seconds
+            return answer
+
+        return mock.patch.object(owner, name, call)
+
+    scheduler_class = AsyncScheduler if asynchronous else Scheduler
+    pilot_class = pilot.Pilot
+    with (
+        mock.patch.object(engine.clock, "thread_time", thread_time),
+        costs(scheduler_class, "schedule", 1.0),
+        costs(pilot_class, "turn", 50e-6),
+        costs(type(engine.scheduler), "_put_back", 7e-6),
+        costs(pilot_class, "scheduled", 20e-6),
+    ):
+        engine.add("long", 2000, 2, Promise(60.0, 1.0))
+        for _ in range(10):
+            engine.step()
+    told_us = engine.scheduler.tiergate_state().plan_us
+    assert abs(told_us - 77.0) < 1e-3, told_us
 
 
 def an_untested_version_runs_vllms_own_scheduler_or_refuses(asynchronous: bool) -> None:
@@ -321,6 +357,7 @@ CHECKS: tuple[Check, ...] = (
     orders_that_lapse_leave_vllms_own_queue,
     whatever_comes_everybody_gets_all_tokens,
     facts_tell_each_step_and_its_time,
+    the_cost_that_is_told_is_what_was_spent_around_vllms_own_schedule,
     an_untested_version_runs_vllms_own_scheduler_or_refuses,
     the_control_routes_stand_behind_the_api_key,
 )

@@ -13,9 +13,11 @@ from tiergate_engine.control import ControlError, Mode, Orders, StepFact
 from tiergate_engine.drive import Rules
 from tiergate_engine.step import Step
 from tiergate_engine.steptime import RooflineStepTime
+from tiergate_engine.vllm.content import step_of
 from tiergate_engine.vllm.facts import FactsRing
 from tiergate_engine.vllm.pilot import Pilot, Situation, Turn
-from tiergate_engine.vllm.promises import NO_PROMISE, Due, due_of, next_due_s
+from tiergate_engine.vllm.promises import NO_PROMISE, Due, due_of, next_due_s, promise
+from tiergate_engine.vllm.running import by_want
 from tiergate_engine.vllm.versions import plain_version
 from tiergate_engine.vllm.waiting import DeadlineQueue
 
@@ -39,6 +41,11 @@ class FakeRequest:
     is_prefill_chunk: bool = False
     spec_token_ids: list[int] = field(default_factory=list)
     kv_transfer_params: dict[str, object] | None = None
+    tiergate_first_s: float = 0.0
+    tiergate_pace_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        promise(self, self.tiergate_due)
 
     @property
     def num_tokens(self) -> int:
@@ -170,6 +177,47 @@ class FakeOutput:
 
     num_scheduled_tokens: dict[str, int]
     scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)
+    total_num_scheduled_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.total_num_scheduled_tokens = sum(self.num_scheduled_tokens.values())
+
+
+class TestContent:
+    """What a step held, told without a look at each decode where it went as planned."""
+
+    @given(
+        st.lists(st.integers(2, 500), max_size=6),
+        st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), max_size=3),
+        st.integers(0, 3),
+    )
+    def test_it_is_the_same_as_by_a_look_at_each(
+        self, outputs: list[int], prompts: list[tuple[int, int]], fault: int
+    ) -> None:
+        decodes = [decode(outputs=made) for made in outputs]
+        for number, one in enumerate(decodes):
+            one.request_id = f"d{number}"
+        served = [
+            FakeRequest(f"p{number}", 1000, before, is_prefill_chunk=True)
+            for number, (_, before) in enumerate(prompts)
+        ]
+        running = by_want([*decodes, *served], 0.0)
+        held = running.held(served)
+        scheduled = {one.request_id: 1 for one in decodes}
+        scheduled |= {one.request_id: tokens for one, (tokens, _) in zip(served, prompts, strict=True)}
+        everybody = {one.request_id: one for one in (*decodes, *served)}
+        if fault == 1 and decodes:  # one is preempted
+            del scheduled["d0"]
+        if fault == 2 and decodes:  # and another prompt is let in instead
+            del scheduled["d0"]
+            scheduled["new"] = 7
+            everybody["new"] = FakeRequest("new", 20)
+        if fault == 3 and prompts:  # memory cuts a chunk
+            del scheduled["p0"]
+        for name, tokens in scheduled.items():
+            everybody[name].num_computed_tokens += tokens
+        output = FakeOutput(scheduled)
+        assert step_of(output, everybody, held) == step_of(output, everybody)
 
 
 class TestFlights:
@@ -254,7 +302,7 @@ class TestTurns:
 
     def test_an_urgent_prompt_hides_the_one_that_is_served(self) -> None:
         serving = FakeRequest(num_prompt_tokens=5000, num_computed_tokens=900, is_prefill_chunk=True)
-        serving.tiergate_due = Due(50.0, 0.1)
+        promise(serving, Due(50.0, 0.1))
         urgent = FakeRequest(num_prompt_tokens=200, tiergate_due=Due(0.1, 0.1))
         turn = turn_of([decode(Due(0.015, 0.01)), serving], [urgent])
         assert turn.left_out == {serving}
