@@ -25,7 +25,7 @@ class Beside:
 
     leader: Search
     of: Searched
-    spread: float = 0.08
+    spread: float = 0.13
 
     def common(self, known: Known) -> tuple[float, ...]:
         """The rates that all beside the leader begin with, as parts of its reference; none until it is done."""
