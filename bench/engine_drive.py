@@ -4,6 +4,12 @@ Short streams with a tight promise run beside prompts of 2,048 tokens with a loo
 one after the other, in turns: what changes is what it is told over HTTP. The same seed offers the same requests.
 The profile that drives the engine is fitted to its own account of its steps, before the first arm. Rates and
 promises are taken from that profile, so that another machine is loaded as much and promises as much.
+Every repetition is another seed, offered to all arms in a shuffled order within minutes; the first one is not
+counted where `--warm-up` says so. Arms are compared repetition by repetition, on the same requests.
+
+What favours whom: a static chunk is prompt tokens on top of the decodes, in the order of arrival, and the best one
+is only known afterwards. The driven engine is told promises `--reserve` paces tighter than what is counted, has a
+profile with a margin, and bounds its steps by `--longest`; who tunes these judges them by another `--seed`.
 
 Nothing is simulated or emulated, but the model is a random one of two layers and the machine has no accelerator:
 this shows what driving does to a schedule, not how fast vLLM is. Few cores are noisy: look at the spread.
@@ -23,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -32,6 +38,7 @@ import uvloop
 
 from adapters import registry
 from adapters.vllm import VllmAdapter
+from bench.drive_report import Outcome, percentile, share_of, show
 from deploy.server_process import free_port
 from deploy.vllm_cpu import server as engines
 from loadgen.http import HttpPool
@@ -40,6 +47,7 @@ from tiergate_engine.control import Mode, Orders, Promise, StepFact
 from tiergate_engine.drive import Rules
 from tiergate_engine.step import Step
 
+HERO = "driven"
 STATIC = (64, 128, 256, 512, 1024)
 _TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 SETTLED_S = 0.3
@@ -94,6 +102,7 @@ class Stream:
     sent_s: float = 0.0
     status: int = 0
     times_s: list[float] = field(default_factory=list)
+    late_s: float = 0.0
     errors: tuple[type[Exception], ...] = ()
     _rest: bytes = b""
 
@@ -113,31 +122,12 @@ class Stream:
         on_time = all(at_s <= due_s + index * kind.tpot_s for index, at_s in enumerate(self.times_s))
         return on_time and len(self.times_s) == kind.output_tokens
 
+    def answered(self, kind: Kind) -> bool:
+        """Whether its first token was on time."""
+        return bool(self.times_s) and self.times_s[0] <= self.sent_s + kind.ttft_s
+
     def gaps_s(self) -> list[float]:
         return [later - earlier for earlier, later in zip(self.times_s, self.times_s[1:], strict=False)]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One run of one arm. Times in seconds."""
-
-    tight_attained: float
-    loose_attained: float
-    tight_itl_p99_s: float
-    tight_ttft_p99_s: float
-    loose_ttft_p50_s: float
-    tokens_per_s: float
-    steps: int
-    step_mean_s: float
-    skipped: int
-    plan_us: float | None
-    failures: int
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
 
 
 async def send(pool: HttpPool, kind: Kind, stream: Stream, chance: random.Random) -> None:
@@ -168,7 +158,7 @@ async def offer(url: str, load: Load) -> list[Stream]:
             start_s = time.perf_counter()
             for at_s, name in load.arrivals():
                 await asyncio.sleep(max(start_s + at_s - time.perf_counter(), 0.0))
-                streams.append(Stream(name))
+                streams.append(Stream(name, late_s=time.perf_counter() - start_s - at_s))
                 tasks.create_task(send(pool, load.tight if name == "tight" else load.loose, streams[-1], chance))
     finally:
         await pool.close()
@@ -191,17 +181,22 @@ async def run_arm(adapter: VllmAdapter, url: str, orders: Orders, load: Load) ->
         for stream in streams
     )
     return Outcome(
-        tight_attained=statistics.fmean(stream.attained(load.tight) for stream in tight),
-        loose_attained=statistics.fmean(stream.attained(load.loose) for stream in loose),
+        seed=load.seed,
+        tight_attained=share_of([stream.attained(load.tight) for stream in tight]),
+        loose_attained=share_of([stream.attained(load.loose) for stream in loose]),
+        loose_ttft_attained=share_of([stream.answered(load.loose) for stream in loose]),
         tight_itl_p99_s=percentile([gap for stream in tight for gap in stream.gaps_s()], 0.99),
         tight_ttft_p99_s=percentile([stream.times_s[0] - stream.sent_s for stream in tight], 0.99),
         loose_ttft_p50_s=percentile([stream.times_s[0] - stream.sent_s for stream in loose], 0.5),
         tokens_per_s=tokens / (ended_s - begun_s),
-        steps=len(facts),
+        steps=after.steps - before.steps,
         step_mean_s=statistics.fmean(fact.seconds for fact in facts),
         skipped=sum(fact.skipped for fact in facts),
         plan_us=after.plan_us,
         failures=after.failures - before.failures,
+        tight=len(tight),
+        loose=len(loose),
+        lateness_p99_s=percentile([stream.late_s for stream in streams], 0.99),
     )
 
 
@@ -224,7 +219,7 @@ def arms_of(wanted: Sequence[str], profile: Fit, rules: Rules) -> dict[str, Orde
         return replace(driven, rules=replace(driven.rules, **off))
 
     known = {"stock": Orders(), **{f"static {tokens}": Orders(chunk_tokens=tokens) for tokens in STATIC}}
-    known["driven"] = driven
+    known[HERO] = driven
     known["driven, chunk by pace"] = without(chunk_from_slack=False)
     known["driven, no deadline order"] = without(deadline_order=False)
     known["driven, no skipping"] = without(skip=False)
@@ -233,40 +228,6 @@ def arms_of(wanted: Sequence[str], profile: Fit, rules: Rules) -> dict[str, Orde
     if unknown:
         raise SystemExit(f"unknown arms {', '.join(unknown)}: there are {'; '.join(known)}")
     return {name: orders for name, orders in known.items() if not wanted or name in wanted}
-
-
-def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
-    """Median (least to greatest)."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle * scale:.{digits}f} ({low * scale:.{digits}f}-{high * scale:.{digits}f})"
-
-
-_COLUMNS: tuple[tuple[str, Callable[[Outcome], float], float, int], ...] = (
-    ("tight attained %", lambda one: one.tight_attained, 100.0, 1),
-    ("loose attained %", lambda one: one.loose_attained, 100.0, 1),
-    ("tight ITL p99 ms", lambda one: one.tight_itl_p99_s, 1e3, 0),
-    ("tight TTFT p99 ms", lambda one: one.tight_ttft_p99_s, 1e3, 0),
-    ("loose TTFT p50 ms", lambda one: one.loose_ttft_p50_s, 1e3, 0),
-    ("tokens/s", lambda one: one.tokens_per_s, 1.0, 0),
-)
-
-
-def show(outcomes: Mapping[str, Sequence[Outcome]]) -> None:
-    """The table, and what the plug-in cost."""
-    print(f"\n{'':27}" + "".join(f"{title:>24}" for title, *_ in _COLUMNS))
-    for name, runs in outcomes.items():
-        cells = [spread([value(run) for run in runs], scale, digits) for _, value, scale, digits in _COLUMNS]
-        print(f"{name:27}" + "".join(f"{cell:>24}" for cell in cells))
-    print("\nthe plug-in's own time a step, and its share of the mean step")
-    for name, runs in outcomes.items():
-        costs = [run.plan_us for run in runs if run.plan_us is not None]
-        if costs:
-            share = statistics.median(costs) * 1e-6 / statistics.median([run.step_mean_s for run in runs])
-            print(
-                f"{name:27} {spread(costs, digits=0)} us of {spread([run.step_mean_s for run in runs], 1e3)} ms: "
-                f"{share:.1%}; {sum(run.skipped for run in runs)} decodes left out, "
-                f"{sum(run.failures for run in runs)} plans failed"
-            )
 
 
 @contextlib.contextmanager
@@ -306,22 +267,43 @@ async def bench(url: str, args: argparse.Namespace) -> dict[str, list[Outcome]]:
         load = promised(profile, args)
         margin = introduce(profile, observed, load, args.margin)
         arms = arms_of(args.arm, profile, Rules(margin=margin, longest_s=args.longest * load.tight.ttft_s))
-        for repetition in range(args.repetitions):
+        began_s, repetition = time.monotonic(), -1 if args.warm_up else 0
+        while another(repetition, time.monotonic() - began_s, args):
             order = list(arms.items())
             random.Random(repetition).shuffle(order)
             for name, orders in order:
                 outcome = await run_arm(adapter, url, orders, replace(load, seed=load.seed + repetition))
-                outcomes.setdefault(name, []).append(outcome)
+                if repetition >= 0:
+                    outcomes.setdefault(name, []).append(outcome)
                 print(
                     f"run {repetition + 1}, {name}: tight {outcome.tight_attained:.1%} attained, ITL p99 "
                     f"{outcome.tight_itl_p99_s * 1e3:.0f} ms; loose {outcome.loose_attained:.1%}",
                     file=sys.stderr,
                 )
                 await asyncio.sleep(SETTLED_S)
+            repetition += 1
+            keep(args.json, outcomes)
         await adapter.give_orders(Orders())
     finally:
         await adapter.close()
     return {name: outcomes[name] for name in arms}
+
+
+def another(repetition: int, passed_s: float, args: argparse.Namespace) -> bool:
+    """Whether there is a further repetition: as many as asked for, or as fit into the minutes. One at least."""
+    repetitions: int = args.repetitions
+    if repetition <= 0 or args.minutes is None:
+        return repetition < max(repetitions, 1)
+    done = repetition + bool(args.warm_up)
+    within: bool = passed_s * (done + 1) / done <= args.minutes * 60.0
+    return within
+
+
+def keep(path: Path | None, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+    """Write all runs so far, so that a run that is cut short is not lost."""
+    if path is not None:
+        runs = {name: [asdict(run) for run in found] for name, found in outcomes.items()}
+        path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
 def introduce(profile: Fit, observed: int, load: Load, margin: float) -> float:
@@ -347,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", help="an engine that runs already (deploy/vllm_cpu/server.py --driven)")
     parser.add_argument("--arm", action="append", default=[], help="only this arm; may be given again")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--minutes", type=float, help="as many repetitions as fit, instead of a number of them")
+    parser.add_argument("--warm-up", action="store_true", help="a repetition before, which is not counted")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long a run offers requests")
     parser.add_argument("--fit-seconds", type=float, default=40.0, help="how long steps are watched before")
     parser.add_argument("--seed", type=int, default=1)
@@ -362,11 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, seed {args.seed}")
     with serving(args.url) as url:
         outcomes = uvloop.run(bench(url, args))
-    show(outcomes)
-    if args.json is not None:
-        args.json.write_text(
-            json.dumps({name: [asdict(run) for run in runs] for name, runs in outcomes.items()}, indent=1) + "\n"
-        )
+    show(outcomes, HERO)
     return 0
 
 
