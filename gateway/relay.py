@@ -93,8 +93,13 @@ class Relay:
         self._limits = limits
         self._clock = clock
 
-    async def open(self, ticket: Ticket, call: Call, out: Outgoing) -> Opened:
-        """Open the answer and wait for its first token.
+    @property
+    def head_s(self) -> float:
+        """How long the head of an answer may take."""
+        return self._limits.head_s
+
+    async def open(self, ticket: Ticket, call: Call, out: Outgoing, head_s: float | None = None) -> Opened:
+        """Open the answer and wait for its first token. `head_s`: what is left of the time for its head.
 
         Raises UpstreamError or Rejected, and has closed the answer then.
         """
@@ -115,7 +120,7 @@ class Relay:
         ticket.opened_s = ticket.last_bytes_s = self._clock()
         ticket.stalled = False
         # Built anew rather than with dataclasses.replace, which costs more than all of `prepare`.
-        head_s = self._limits.head_s
+        head_s = self._limits.head_s if head_s is None else head_s
         timed = UpstreamCall(prepared.method, prepared.path, prepared.headers, prepared.body, head_s)
         response = await out.adapter.upstream.open(timed)
         ticket.last_bytes_s = self._clock()

@@ -58,3 +58,6 @@ class Backend:
 
     def serves(self, model: str) -> bool:
         return not self.models or model in self.models
+        ahead_chunk_tokens: longer prompts are sent ahead in chunks of so many tokens, with a step without any
+            behind each; None where prompts come whole.
+    ahead_chunk_tokens: int | None = None

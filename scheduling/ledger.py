@@ -435,6 +435,7 @@ class Ledger:
         backend = self.backend
         most = max((backend.limits.max_batched_tokens or _MOST_CHUNK_TOKENS) - self.decodes, 1)
         within_s = min([slack_s + (1.0 - SLACK_RESERVE) * tpot_s for tpot_s, slack_s in floors])
+        most = min(most, backend.ahead_chunk_tokens or most)
         if within_s == math.inf:
             return math.inf
         decodes = Step.decode(self.decodes, self.decode_kv_tokens)

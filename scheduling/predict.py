@@ -17,6 +17,9 @@ from scheduling.requests import Request
 TOLD_WITHIN_S = 0.1
 """Replicas tell how far their prompts are within this time, twice the period of publishing."""
 
+AHEAD_EXCHANGE_S = 0.005
+"""What one exchange with an engine takes beside its step: a prompt that is sent ahead has one for each chunk."""
+
 MOST_PREFILL_SHARE = 0.75
 """Largest share of time that prompts are expected to take from decodes: beyond it no mean is meaningful."""
 
@@ -28,8 +31,9 @@ class Prefill:
     ``wait_s``: until the step in flight ends; ``first_step_s`` and ``total_s``: the longest and all steps that
     carry prompt chunks, up to the newcomer's own last; ``steps``: how many; ``own_s`` and ``own_steps``: those of
     them behind the last prompt that is ahead; ``next_step_s``: the decode step after them, which brings its
-    second token. Of a driven engine also ``tokens``, all that have to be computed up to the newcomer's first
-    token, and ``least_chunk_tokens``, the smallest full chunk on the way; else 0.
+    second token. Where chunks are smaller than the engine's budget also ``least_chunk_tokens``, the smallest full
+    one on the way, and of a driven engine ``tokens``, all that have to be computed up to the newcomer's first
+    token; else 0.
     """
 
     wait_s: float
@@ -67,6 +71,7 @@ def expected_tpot_s(ledger: Ledger, steady_s: float, now_s: float, pace_s: float
         chunk, mixed_s = ledger.chunk_within(pace_s / backend.margin)
     else:
         chunk = max((backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - ledger.seqs, 1)
+        chunk = min(chunk, backend.ahead_chunk_tokens or chunk)
         mixed_s = backend.step_time.seconds_of(chunk, 1, 0, chunk * chunk / 2, ledger.seqs, ledger.kv_tokens)
     chunks_per_s = ledger.prefill_tokens_per_s(now_s) / chunk
     mixed_s = max(mixed_s, steady_s)
@@ -103,13 +108,56 @@ def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) 
     backend = ledger.backend
     if backend.dynamic_chunk and pace_s < math.inf:
         return _walk_driven(ledger, request, now_s, pace_s / backend.margin)
+    if backend.ahead_chunk_tokens is not None:
+        return _walk_ahead(ledger, request, now_s)
+    return _walk(ledger, request, now_s, ledger.full_chunk_tokens, 0.0)
+
+
+def _prompt_chunk(ledger: Ledger) -> int:
+    """Tokens of one prompt that a step may carry beside the decodes."""
+    chunk = ledger.full_chunk_tokens
+    return min(chunk, ledger.backend.ahead_chunk_tokens or chunk)
+
+
+def ahead_gap_s(ledger: Ledger) -> float:
+    """From the end of a step with a chunk that was sent ahead to the beginning of the next one: an exchange, and
+    whole steps of the decodes that are here, at least one."""
+    step_s = ledger.decode_step_s
+    if not ledger.decodes or step_s <= 0.0:
+        return AHEAD_EXCHANGE_S
+    return math.ceil(AHEAD_EXCHANGE_S / step_s) * step_s
+
+
+def _walk_ahead(ledger: Ledger, request: Request, now_s: float) -> Prefill:
+    """The same where prompts are sent ahead in chunks: between two steps with a chunk there are steps without one.
+
+    Those in the queue are taken to be sent ahead too. A prompt that is also needs an exchange for its token ids.
+    """
+    chunk = _prompt_chunk(ledger)
+    gap_s = ahead_gap_s(ledger)
+    walked = _walk(ledger, request, now_s, chunk, gap_s)
+    own = own_prompt_tokens(request)
+    asked_s = AHEAD_EXCHANGE_S if own > chunk else 0.0
+    each = max(round(gap_s / ledger.decode_step_s), 1) if ledger.decodes and ledger.decode_step_s > 0.0 else 0
+    between, own_between = walked.steps - 1, max(walked.own_steps - 1.0, 0.0)
+    walked.wait_s += asked_s
+    walked.total_s += between * gap_s
+    walked.steps += between * each
+    walked.own_s += own_between * gap_s
+    walked.own_steps += own_between * each
+    walked.least_chunk_tokens = chunk
+    return walked
+
+
+def _walk(ledger: Ledger, request: Request, now_s: float, chunk: int, gap_s: float) -> Prefill:
+    """Steps with chunks of so many tokens. `gap_s` lies between two of them; it counts for those ahead only."""
+    backend = ledger.backend
     seconds_of = backend.step_time.seconds_of
     decodes = ledger.decodes
     kv_tokens = ledger.decode_kv_tokens
     cached = request.cached_tokens
     own = own_prompt_tokens(request)
-    chunk = ledger.full_chunk_tokens
-    ahead, wait_s = _ahead(ledger, chunk, now_s)
+    ahead, wait_s = _ahead(ledger, chunk, now_s, gap_s)
     decodes += ledger.queued // 2  # those ahead begin to decode on the way
 
     total_tokens = ahead + own
@@ -234,8 +282,8 @@ def _log_mean(a: int, b: int) -> float:
     return (a - b) / math.log(a / b) if a != b else float(a)
 
 
-def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
-    """Prompt tokens before the newcomer's, and seconds until the step in flight ends.
+def _ahead(ledger: Ledger, chunk: int, now_s: float, gap_s: float = 0.0) -> tuple[int, float]:
+    """Prompt tokens before the newcomer's, and seconds until the step in flight ends, with the gap behind it.
 
     The queue's own progress is not seen from outside: it is taken to have run since its head began. A phase
     that is unknown counts as a whole step, because this is for admission; and so does what other replicas queued,
@@ -252,7 +300,7 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float) -> tuple[int, float]:
         # steps follow each other without a gap: the phase goes on from the last end that was seen
         return 0, step_s - max(now_s - ledger.last_step_s, 0.0) % step_s if step_s > 0 else 0.0
     head = min(chunk, queued)
-    step_s = step_time.seconds_of(head, 1, 0, head * head / 2, ledger.decodes, ledger.decode_kv_tokens)
+    step_s = step_time.seconds_of(head, 1, 0, head * head / 2, ledger.decodes, ledger.decode_kv_tokens) + gap_s
     # the step in flight is counted as waiting, so its chunk is not ahead any more
     if ledger.foreign.queued_prefill_tokens:
         left = _left_of_all(ledger, head / step_s if step_s > 0 else math.inf, now_s) - head
@@ -281,8 +329,13 @@ def prefill_left_tokens(ledger: Ledger, now_s: float) -> int:
     queued = ledger.queued_prefill_tokens - ledger.foreign.queued_prefill_tokens
     if not queued or ledger.chunk_step_s <= 0:
         return queued
-    chunk = ledger.full_chunk_tokens
-    tokens_per_s = chunk / ledger.chunk_step_s
+    chunk = _prompt_chunk(ledger)
+    if chunk == ledger.full_chunk_tokens:
+        tokens_per_s = chunk / ledger.chunk_step_s
+    else:
+        decodes, kv_tokens = ledger.decodes, ledger.decode_kv_tokens
+        step_s = ledger.backend.step_time.seconds_of(chunk, 1, 0, 0.0, decodes, kv_tokens)
+        tokens_per_s = chunk / (step_s + ahead_gap_s(ledger))
     return sum(
         [
             int(min(max((one.expected_first_s - now_s) * tokens_per_s, chunk), one.prefill_tokens))

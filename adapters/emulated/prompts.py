@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from adapters.emulated.errors import bad_request
 from adapters.emulated.protocol import Message
+from adapters.emulated.tokens import encode
 
 Units = Sequence[str] | Sequence[int]
 """What stands for a prompt's tokens: words, or token ids."""
@@ -32,9 +33,11 @@ class Prompt:
         counted = bool(units) and isinstance(units[0], int)
         blocks: list[int] = []
         if block_tokens is not None:
+            if not counted:
+                # a text's blocks are those of its token ids, by which a client may send the same prompt
+                units = encode(str(unit) for unit in units)
             before = 0
-            # The last token is left out: an engine always computes at least that one.
-            for start in range(0, len(units) - block_tokens, block_tokens):
+            for start in range(0, len(units) - block_tokens + 1, block_tokens):
                 before = hash((before, *units[start : start + block_tokens]))
                 blocks.append(before)
         return cls(len(units), counted, tuple(blocks))

@@ -73,7 +73,8 @@ def vllm_server(
     driven: bool = False,
     transfer_port: int | None = None,
 ) -> ServerProcess:
-    """A `vllm serve` that schedules by priority, counts its load and caches no prefixes (prompts repeat).
+    """A `vllm serve` that schedules by priority, counts its load and caches no prefixes (prompts repeat)
+    unless `extra` has --enable-prefix-caching.
 
     `driven` gives it Tiergate's scheduler and control routes; until somebody gives orders it runs as stock. `cpus`
     binds its threads (vLLM's VLLM_CPU_OMP_THREADS_BIND, for instance "0"); by default it takes all.
@@ -138,6 +139,7 @@ def main() -> int:
     parser.add_argument("--cpus", default=None, help='cores its threads are bound to, for instance "0"')
     parser.add_argument("--development", action="store_true", help="open vLLM's development routes")
     parser.add_argument("--driven", action="store_true", help="with Tiergate's scheduler and control routes")
+    parser.add_argument("--caching", action="store_true", help="with a prefix cache")
     parser.add_argument("--log", type=Path, default=ROOT / ".engine" / "vllm.log")
     args = parser.parse_args()
     port: int = args.port or free_port()
@@ -145,7 +147,8 @@ def main() -> int:
     try:
         programs, model = prepare()
         settings = {"development": args.development, "driven": args.driven}
-        with vllm_server(programs, model, port, args.log, cpus=args.cpus, **settings) as server:
+        extra = ("--enable-prefix-caching",) if args.caching else ()
+        with vllm_server(programs, model, port, args.log, extra=extra, cpus=args.cpus, **settings) as server:
             print(f"http://127.0.0.1:{port}", flush=True)
             server.wait()
             print(f"the engine ended by itself, see {args.log}", file=sys.stderr)

@@ -63,17 +63,21 @@ def engine_files() -> EngineFiles:
 @pytest.fixture(scope="session")
 def vllm(engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
     """A real vLLM: stock but for the plug-in that keeps it from starving its neighbours, and for Tiergate's
-    scheduler, which fills steps as vLLM's does until somebody gives orders.
+    scheduler, which fills steps as vLLM's does until somebody gives orders. It caches prefixes, in blocks of 128
+    tokens, so a test that repeats a longer prompt gives it a `cache_salt` where that matters.
 
     While tests are being written, REAL_VLLM_URL names one that runs already, so that each try does not wait
-    for another: `python deploy/vllm_cpu/server.py --development --driven --port 8100`.
+    for another: `python deploy/vllm_cpu/server.py --development --driven --caching --port 8100`.
     """
     if running := os.environ.get("REAL_VLLM_URL"):
         yield RealEngine(running, engines.MODEL_NAME, engines.ROOT / ".engine" / "vllm.log", engine_files)
         return
     port = free_port()
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    with engines.vllm_server(engine_files.programs, engine_files.model, port, log, development=True, driven=True):
+    caching = ("--enable-prefix-caching",)
+    with engines.vllm_server(
+        engine_files.programs, engine_files.model, port, log, extra=caching, development=True, driven=True
+    ):
         yield RealEngine(f"http://127.0.0.1:{port}", engines.MODEL_NAME, log, engine_files)
 
 

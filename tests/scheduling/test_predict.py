@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,13 @@ from scheduling.backends import Backend, EngineLimits
 from scheduling.ledger import Ledger
 from scheduling.lengths import FixedLength
 from scheduling.load import LoadVector
-from scheduling.predict import expected_tpot_s, prefill_left_tokens, steady_step_s, walk_prefill
+from scheduling.predict import (
+    AHEAD_EXCHANGE_S,
+    expected_tpot_s,
+    prefill_left_tokens,
+    steady_step_s,
+    walk_prefill,
+)
 from scheduling.residents import Resident
 from scheduling.tiers import Slo
 from tests.scheduling.play import STEP_TIME, backend, cost_of, request
@@ -261,3 +268,81 @@ def test_the_second_token_comes_with_the_next_decode_step() -> None:
     ledger = Ledger(backend())
     walked = walk_prefill(ledger, request("a"), 0.0, 1.0)
     assert walked.next_step_s == pytest.approx(STEP_TIME.seconds(Step.decode(1, 100)))
+
+
+class Ahead(Twin):
+    """The same with a prefix cache, to which prompts are sent ahead in chunks; an exchange takes its time."""
+
+    def __init__(self, step_time: StepTime, chunk_tokens: int) -> None:
+        super().__init__(step_time, 2048)
+        self.backend = replace(self.backend, ahead_chunk_tokens=chunk_tokens)
+        self.ledger = Ledger(self.backend)
+        self.engine = EngineModel(replace(self.engine.config, prefix_caching=True), step_time)
+
+    def until_first_ahead(self, prompt_tokens: int) -> float:
+        """Send it ahead, then itself; when its first token came."""
+        chunk = self.backend.ahead_chunk_tokens
+        assert chunk is not None
+        blocks = tuple(range(1_000_000, 1_000_000 + prompt_tokens // self.engine.config.block_tokens))
+        for tokens in [*range(chunk, prompt_tokens, chunk), prompt_tokens]:
+            self._exchange()
+            self.engine.submit(SequenceSpec(f"to {tokens}", tokens, 1, prefix_blocks=blocks), self.now_s)
+            if self.ends_s is None:
+                self._begin()
+            while f"to {tokens}" not in self._tokens():
+                pass
+        return self.now_s
+
+    def _tokens(self) -> set[str]:
+        assert self.ends_s is not None
+        self.now_s = self.ends_s
+        ended = {token.sequence_id for token in self.engine.finish_step(self.now_s)}
+        self._begin()
+        return ended
+
+    def _exchange(self) -> None:
+        """Nothing is there to be computed until then, but for decodes."""
+        arrives_s = self.now_s + AHEAD_EXCHANGE_S
+        while self.ends_s is not None and self.ends_s < arrives_s:
+            self._tokens()
+        self.now_s = arrives_s
+
+
+@pytest.mark.parametrize("decodes", [0, 1, 20])
+@pytest.mark.parametrize("prompt_tokens", [1500, 4000])
+def test_ttft_of_a_prompt_that_is_sent_ahead(decodes: int, prompt_tokens: int) -> None:
+    """Its chunks, the decode steps between them and the exchanges, against the engine's own steps."""
+    twin = Ahead(PROFILE.step_time, 256)
+    twin.warm([700] * decodes)
+    begin_s = twin.now_s
+    predicted_s = twin.predict_s(prompt_tokens)
+    whole_s = walk_prefill(
+        Ledger(replace(twin.backend, ahead_chunk_tokens=None)),
+        request("new", prompt_tokens=prompt_tokens, slo=LOOSE, arrival_s=begin_s),
+        begin_s,
+        math.inf,
+    ).service_s
+    assert predicted_s > whole_s
+    actual_s = twin.until_first_ahead(prompt_tokens) - begin_s
+    assert error(predicted_s, actual_s) < 0.06
+
+
+def test_what_is_sent_ahead_makes_short_steps() -> None:
+    """A resident meets one chunk at a time, and a decode step behind each."""
+    twin = Ahead(PROFILE.step_time, 256)
+    twin.warm([700] * 4)
+    asked = request("new", prompt_tokens=2048, slo=LOOSE, arrival_s=twin.now_s)
+    ahead = walk_prefill(twin.ledger, asked, twin.now_s, math.inf)
+    assert ahead.least_chunk_tokens == 256
+    assert ahead.steps >= 15
+    twin.ledger.backend = replace(twin.backend, ahead_chunk_tokens=None)
+    whole = walk_prefill(twin.ledger, asked, twin.now_s, math.inf)
+    assert ahead.first_step_s < whole.first_step_s / 3
+
+
+def test_a_short_prompt_costs_no_exchange() -> None:
+    twin = Ahead(PROFILE.step_time, 256)
+    asked = request("new", prompt_tokens=256, slo=LOOSE, arrival_s=0.0)
+    plain = Ledger(replace(twin.backend, ahead_chunk_tokens=None))
+    sent, whole = (walk_prefill(ledger, asked, 0.0, math.inf) for ledger in (twin.ledger, plain))
+    assert (sent.wait_s, sent.total_s, sent.steps) == (whole.wait_s, whole.total_s, 1)
