@@ -18,7 +18,11 @@ class Failure(Enum):
     TIMEOUT = "timeout"
     BROKEN = "broken"  # answered, but not in the protocol
     UNSUPPORTED = "unsupported"  # the engine lacks the route; another kind of engine may have it
+    TOO_LONG = "too_long"  # rejected for its length: an engine that takes longer ones may serve it
     REJECTED = "rejected"  # the engine calls the request itself wrong (4xx): its answer goes to the client
+
+
+_THE_CLIENTS = frozenset({Failure.REJECTED, Failure.TOO_LONG})
 
 
 class UpstreamError(Exception):
@@ -32,7 +36,7 @@ class UpstreamError(Exception):
     @property
     def retryable(self) -> bool:
         """Whether another backend may do better (before the client's first byte)."""
-        return self.failure is not Failure.REJECTED
+        return self.failure not in _THE_CLIENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ class Capabilities:
     emulated: bool = False  # the engine says it emulates
     models: tuple[str, ...] = ()
     max_model_tokens: int | None = None
+    max_prompt_tokens: int | None = None
     kv_tokens: int | None = None
     block_tokens: int | None = None
     max_running_seqs: int | None = None
@@ -127,15 +132,15 @@ class Capabilities:
     )  # takes orders (`Drivable`), and plans each step by what its requests were promised
     load: Support = Support.UNKNOWN
     tokens_per_event: int | None = 1
-    requeue_tokens: int | None = None
+    lease_tokens: int | None = None
     lingers: bool = False
+    prefix_caching: Support = Support.UNKNOWN
+    engines: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """What the engine itself reports; late by nature, so a correction to our own count, never the source."""
-    prefix_caching: Support = Support.UNKNOWN
-    engines: int | None = None
 
     running: int | None = None
     waiting: int | None = None
@@ -161,6 +166,16 @@ class OutgoingRequest:
     due_ms: int | None = None  # when that is, by the wall clock since 1970, for engines that order by any number
     want_usage: bool = False  # add a final usage event that the gateway will remove again
     promise: Promise | None = None  # what is promised to it, for engines that are driven by it
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePace:
+    """An engine's steps of decodes only, over some time: how many, and what they held and took in the mean."""
+
+    steps: int
+    seqs: float
+    kv_tokens: float
+    step_s: float
 
 
 class Unsupported(Exception):
@@ -215,6 +230,15 @@ class Adapter(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class TellsPace(Protocol):
+    """An engine that tells how long its steps take, without a plug-in."""
+
+    async def read_decode_pace(self) -> DecodePace | None:
+        """Since this was last asked; None the first time, and where nothing is told. Raises UpstreamError."""
+        ...
 
 
 @runtime_checkable

@@ -8,6 +8,12 @@ from adapters.contract import Failure, UpstreamError
 
 _OVERLOAD_STATUSES = frozenset({429, 503})
 _TIMEOUT_STATUSES = frozenset({408, 504})
+_LENGTH_WORDS = (
+    "maximum context length",  # vLLM, and SGLang of a prompt with its answer
+    "longer than the model's context length",  # SGLang
+    "`inputs` must have less than",  # TGI
+    "`inputs` tokens + `max_new_tokens` must be",  # TGI
+)
 _OVERLOAD_WORDS = ("service unavailable", "overloaded", "too many requests", "rate_limit", "currently busy")
 
 
@@ -20,6 +26,12 @@ def failure_of_status(status: int) -> Failure:
     if status == 502:
         return Failure.UNREACHABLE
     return Failure.REJECTED if 400 <= status < 500 else Failure.BROKEN
+
+
+def rejection(message: str, status: int | None = None) -> Failure:
+    """What kind of rejection it is, by the words that vLLM, SGLang and TGI have for a request that is too long."""
+    long = status == 413 or any(words in message for words in _LENGTH_WORDS)
+    return Failure.TOO_LONG if long else Failure.REJECTED
 
 
 def message_of(body: bytes) -> str | None:
@@ -67,7 +79,10 @@ def _error_of(data: bytes, named: bool) -> UpstreamError | None:
         if isinstance(code, str) and code.isdigit():
             code = int(code)
         if isinstance(code, int) and 400 <= code <= 599:
-            return UpstreamError(failure_of_status(code), message, code)
+            failure = failure_of_status(code)
+            if failure is Failure.REJECTED:
+                failure = rejection(message, code)
+            return UpstreamError(failure, message, code)
     kind = f"{details.get('type', '')} {details.get('code', '')} {message}".lower()
     overloaded = any(word in kind for word in _OVERLOAD_WORDS)
     return UpstreamError(Failure.OVERLOADED if overloaded else Failure.BROKEN, message)

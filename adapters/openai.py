@@ -16,7 +16,7 @@ from adapters.contract import (
     UpstreamCall,
     UpstreamError,
 )
-from adapters.errors import error_in_event, failure_of_status, message_of
+from adapters.errors import error_in_event, failure_of_status, message_of, rejection
 from adapters.exchange import Answer, ask
 from adapters.models import ModelList
 from adapters.usage import with_usage
@@ -133,7 +133,10 @@ class OpenAIAdapter:
         if status in (401, 403) and self._api_key is not None:
             # The key is this backend's own, so the client's request is not what is wrong.
             failure = Failure.BROKEN
-        return UpstreamError(failure, message_of(body) or f"the engine answered {status}", status)
+        message = message_of(body) or f"the engine answered {status}"
+        if failure is Failure.REJECTED:
+            failure = rejection(message, status)
+        return UpstreamError(failure, message, status)
 
     async def abort(self, request_id: str) -> None:
         """Not by id: disconnecting is what stops such a server."""

@@ -17,6 +17,7 @@ import orjson
 from adapters.body import with_members
 from adapters.contract import (
     Capabilities,
+    DecodePace,
     EngineLoad,
     Failure,
     OutgoingRequest,
@@ -180,6 +181,18 @@ class SglangAdapter(MonitoredAdapter):
         earlier, self._earlier = self._earlier, loads
         return None if loads is None or earlier is None else Pace.between(earlier, loads)
 
+    async def read_decode_pace(self) -> DecodePace | None:
+        """`read_pace` of steps that held decodes only, with the KV in use at both ends of the time."""
+        before = self._earlier
+        pace = await self.read_pace()
+        decode, after = None if pace is None else pace.decode, self._earlier
+        if decode is None or before is None or after is None:
+            return None
+        if before.used_tokens is None or after.used_tokens is None:
+            return None
+        kv_tokens = (before.used_tokens + after.used_tokens) / 2
+        return DecodePace(decode.steps, decode.mean_seqs, kv_tokens, decode.mean_step_s)
+
     def prepare(self, request: OutgoingRequest) -> UpstreamCall:
         """As OpenAI, with an id to abort by and a priority; a client's own ones are dropped where we send ours."""
         members: dict[str, object] = {}
@@ -191,7 +204,7 @@ class SglangAdapter(MonitoredAdapter):
         if self._aborts and _SEVERAL.search(request.body) is None:
             members["rid"] = self._new_id(request.request_id)
         if self._levels:
-            members["priority"] = self._priority(request.priority)
+            members["priority"] = self._priority(request.left_ms)
         if request.path in _BY_HEADER:
             names = {"rid": _ID_HEADER, "priority": _PRIORITY_HEADER}
             headers |= {names[name]: str(value) for name, value in members.items()}

@@ -164,12 +164,14 @@ class Loads:
     Attributes:
         age_s: how old the oldest rank's word is. A busy scheduler tells every 15 decode steps only.
         waiting_tokens: prompt tokens in the queue that no cache holds.
+        used_tokens: KV in use.
         prefill_tokens, prefill_us: prompt tokens computed since the server began, and the time it took.
     """
 
     running: int | None
     waiting: int | None
     waiting_tokens: int | None
+    used_tokens: int | None
     kv_used_fraction: float | None
     age_s: float | None
     moments: Moments | None
@@ -188,6 +190,7 @@ class Loads:
             running=_sum(ranks, "num_running_reqs"),
             waiting=_sum(ranks, "num_waiting_reqs"),
             waiting_tokens=_sum(ranks, "num_waiting_uncached_tokens"),
+            used_tokens=_sum(ranks, "num_used_tokens"),
             kv_used_fraction=min(sum(known) / len(known), 1.0) if known else None,
             age_s=_age_s(answer, ranks),
             moments=_moments(ranks),

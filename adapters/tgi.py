@@ -24,7 +24,7 @@ from adapters.contract import (
     UpstreamCall,
     UpstreamError,
 )
-from adapters.errors import error_in_event
+from adapters.errors import error_in_event, rejection
 from adapters.exchange import Answer
 from adapters.exposition import Scanner, total
 from adapters.minted import MintedIds
@@ -37,7 +37,7 @@ _KV_CAPACITY = "tgi_batch_max_total_tokens"
 _LOAD = Scanner((_RUNNING, _WAITING, _KV_RESERVED))
 _STATIC = Scanner((_RUNNING, _WAITING, _KV_CAPACITY))
 
-_REQUEUE_TOKENS = 1024  # a constant of its router since 3.0
+_LEASE_TOKENS = 1024  # a constant of its router since 3.0
 _CHAT = "/v1/chat/completions"
 _OWN = frozenset({"/generate", "/generate_stream"})  # its own, whose bodies pass as they are
 
@@ -125,6 +125,7 @@ class TgiAdapter(MonitoredAdapter):
             emulated=models.emulated,
             models=models.names or (str(info["model_id"]),),
             max_model_tokens=positive_int(info.get("max_total_tokens")),
+            max_prompt_tokens=positive_int(info.get("max_input_tokens", info.get("max_input_length"))),
             kv_tokens=self._kv_tokens,
             # Beyond this many at once, waiting ones included, it refuses; it has no other cap on sequences.
             max_running_seqs=positive_int(info.get("max_concurrent_requests")),
@@ -136,7 +137,7 @@ class TgiAdapter(MonitoredAdapter):
             load=Support.YES if any(one.name in (_RUNNING, _WAITING) for one in samples) else Support.UNKNOWN,
             # Tokens that speculation brings together are still an event each.
             tokens_per_event=1,
-            requeue_tokens=_REQUEUE_TOKENS if _is_chunking(version) else None,
+            lease_tokens=_LEASE_TOKENS if _is_chunking(version) else None,
         )
 
     async def read_load(self) -> EngineLoad:
@@ -173,14 +174,14 @@ class TgiAdapter(MonitoredAdapter):
             return None
         words = str(found)
         meaning = next((one for begin, one in _BY_WORDS if words.startswith(begin)), _INCOMPLETE)
-        return UpstreamError(meaning.failure, words, meaning.status)
+        return _meant(meaning, words, meaning.status)
 
     def response_failure(self, status: int, body: bytes) -> UpstreamError:
         """What an answer with an error status means: by its `error_type`, else by the status."""
         found = super().response_failure(status, body)
         kind = Answer(status, body=body).json_object().get("error_type")
         meaning = _BY_TYPE.get(kind) if isinstance(kind, str) else None
-        return found if meaning is None else UpstreamError(meaning.failure, str(found), status)
+        return found if meaning is None else _meant(meaning, str(found), status)
 
     async def abort(self, request_id: str) -> None:
         """Never by id. A closed connection ends a sequence at its next token, one in prefill only after it."""
@@ -209,6 +210,11 @@ class TgiAdapter(MonitoredAdapter):
         if not isinstance(tokens, list):
             raise Unsupported(f"count tokens: {path} answered without a list of tokens")
         return len(tokens)
+
+
+def _meant(meaning: _Meaning, words: str, status: int) -> UpstreamError:
+    failure = meaning.failure
+    return UpstreamError(rejection(words) if failure is Failure.REJECTED else failure, words, status)
 
 
 def is_tgi(info: Mapping[str, object]) -> bool:

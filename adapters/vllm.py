@@ -39,7 +39,7 @@ _STATIC = Scanner((_RUNNING, _CACHE_CONFIG, _SPECULATION))
 _SAID = {"True": Support.YES, "False": Support.NO}  # a Python value as a label
 
 _PRIORITY_HEADER = "x-vllm-priority"
-_INT64 = 2**63
+_LAST = 2**63 - 1  # vLLM keeps priorities in 64 bits
 _GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
 # Guarded by --api-key, so first; the other one exists in development mode and with --tokens-only.
 _ABORT_PATHS = ("/inference/v1/abort_requests", "/abort_requests")
@@ -148,7 +148,8 @@ class VllmAdapter(MonitoredAdapter):
         return positive_int(answer.json_object().get("server_load")) if answer.status == 200 else None
 
     def prepare(self, request: OutgoingRequest) -> UpstreamCall:
-        """As OpenAI, and the priority in a header (a client's own one is dropped); the least urgent without one.
+        """As OpenAI, and the deadline of the first token as the priority, in a header (a client's own one is
+        dropped); the least urgent without one.
 
         An engine with Tiergate's plug-in gets the promise in the body, among `vllm_xargs`; what a client says
         there in the plug-in's words is dropped.
@@ -156,9 +157,9 @@ class VllmAdapter(MonitoredAdapter):
         call = super().prepare(request)
         headers = {name: value for name, value in call.headers.items() if name.lower() != _PRIORITY_HEADER}
         if self._sends_priority:
-            # without one a request counts as 0, which is before all that have time left
-            priority = _INT64 - 1 if request.priority is None else request.priority
-            headers[_PRIORITY_HEADER] = str(max(-_INT64, min(priority, _INT64 - 1)))
+            # without one a request counts as 0, which is before every deadline
+            priority = _LAST if request.due_ms is None else min(request.due_ms, _LAST)
+            headers[_PRIORITY_HEADER] = str(priority)
         body = call.body
         if self._control.drivable and call.path in _GENERATIONS:
             body = with_promise(body, request.promise)
@@ -215,7 +216,6 @@ class VllmAdapter(MonitoredAdapter):
             raise Unsupported("count tokens: /tokenize answered without a count")
         return count
 
-    async def _find_plugin(self) -> EngineState | None:
     async def prompt_ids(self, path: str, body: bytes) -> PromptIds:
         """By /tokenize; token ids are taken as they are (`adapters.contract.ComputesAhead`)."""
         question, keyed = prompt_question(path, body, _CHAT_TOKENIZE_FIELDS)
@@ -251,6 +251,7 @@ class VllmAdapter(MonitoredAdapter):
         if response.status != 200:
             raise self.response_failure(response.status, answer)
 
+    async def _find_plugin(self) -> EngineState | None:
         try:
             return await self._control.find()
         except UpstreamError:

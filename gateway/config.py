@@ -54,6 +54,7 @@ class LimitSettings(_Model):
     max_batched_tokens: PositiveInt | None = None
     kv_tokens: PositiveInt | None = None
     max_model_tokens: PositiveInt | None = None
+    max_prompt_tokens: PositiveInt | None = None
     block_tokens: PositiveInt | None = None
 
 
@@ -70,8 +71,8 @@ class BackendSettings(_Model):
     tier: str | None = None
     pinned: bool = False
     driving: bool | None = None
-    api_key: SecretStr | None = None
     chunks_outside_tokens: PositiveInt | None = None
+    api_key: SecretStr | None = None
     limits: LimitSettings = LimitSettings()
 
     @model_validator(mode="before")
@@ -234,6 +235,7 @@ class Settings(_Model):
     default_tier: str = "chat"
     policy: PolicySettings = PolicySettings()
     driving: bool = True
+    orders_lapse_s: Annotated[float, Field(ge=3, le=3600)] = 30
     delivery_ms: ReserveMs = 5
     store: StoreSettings = StoreSettings()
     workers: Annotated[int, Field(ge=1, le=256)] = 1
@@ -312,6 +314,8 @@ def engine_limits(configured: LimitSettings, probed: EngineLimits) -> EngineLimi
         kv_tokens=configured.kv_tokens or probed.kv_tokens,
         max_model_tokens=configured.max_model_tokens or probed.max_model_tokens,
         block_tokens=configured.block_tokens or probed.block_tokens,
+        max_prompt_tokens=configured.max_prompt_tokens or probed.max_prompt_tokens,
+        lease_tokens=probed.lease_tokens,
     )
 
 

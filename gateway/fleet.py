@@ -375,6 +375,7 @@ class GatewayFleet:
                 log.debug("backend %s tells no load: %s", member.name, error)
             else:
                 await self._note(member)
+                await self._learn_pace(member)
             return
         member.failures += 1
         if member.failures >= self._health.failures:
@@ -400,6 +401,21 @@ class GatewayFleet:
             await self._store.note_engine(member.name, load.running + (load.waiting or 0))
         except StoreUnavailable as error:
             log.debug("the store was not told what backend %s counts: %s", member.name, error)
+
+    async def _learn_pace(self, member: Member) -> None:
+        """What the engine itself says of its steps. Streams whose events carry several tokens show less."""
+        adapter, learner = member.adapter, member.learner
+        assert adapter is not None
+        if not isinstance(adapter, TellsPace) or learner is None:
+            return
+        try:
+            pace = await adapter.read_decode_pace()
+        except UpstreamError as error:
+            log.debug("backend %s tells no step times: %s", member.name, error)
+            return
+        if pace is not None and pace.seqs >= 1.0:
+            seqs, kv_tokens = round(pace.seqs), round(pace.kv_tokens)
+            learner.observe(StepSample(member.name, pace.step_s, seqs, kv_tokens, pace.steps))
 
     async def _revive(self, member: Member) -> None:
         """It answers again; it may be another engine by now, so ask everything anew."""
@@ -427,6 +443,8 @@ class GatewayFleet:
             capabilities.kv_tokens or profile.kv_tokens,
             capabilities.max_model_tokens or profile.max_model_tokens,
             capabilities.block_tokens or profile.block_tokens,
+            capabilities.max_prompt_tokens,
+            capabilities.lease_tokens,
         )
         limits = engine_limits(member.settings.limits, probed)
         if member.most_seqs is not None:
@@ -443,6 +461,7 @@ class GatewayFleet:
             calibrated=timing.calibrated,
             dynamic_chunk=member.driven and timing.calibrated,
             pinned=member.settings.pinned,
+            ahead_chunk_tokens=member.ahead.chunk_tokens if member.ahead and not member.driven else None,
         )
         self._shell.feed(BackendChanged(member.published))
 
@@ -461,7 +480,6 @@ class GatewayFleet:
                 self._shell.feed(LengthsChanged(model, tier, lengths))
 
 
-            ahead_chunk_tokens=member.ahead.chunk_tokens if member.ahead and not member.driven else None,
 async def _abort(adapter: Adapter, request_id: str) -> None:
     """Tried once: without it the engine only notices later."""
     try:

@@ -27,7 +27,7 @@ from gateway.sse import SseScanner, Usage
 from gateway.telemetry import Telemetry
 from gateway.ticket import Ticket
 from gateway.tokens import TokenCounter
-from scheduling.decisions import Decision, Outcome
+from scheduling.decisions import Decision, Outcome, RefusalKind
 from scheduling.events import EndKind, Open, Refuse
 from scheduling.requests import Request
 from scheduling.scoring import DeadlineMeter
@@ -101,6 +101,7 @@ class Exchange:
         "_refused",
         "_sent_to",
         "_ticket",
+        "_too_long",
         "_usage",
     )
 
@@ -121,6 +122,7 @@ class Exchange:
         self._kind = EndKind.CANCELLED
         self._refused: str | None = None
         self._sent_to: str | None = None
+        self._too_long: Rejected | None = None  # what an engine with shorter limits said
         self._usage: Usage | None = None
 
     async def run(self) -> web.StreamResponse:
@@ -144,6 +146,10 @@ class Exchange:
         while True:
             order = await self._wait()
             if isinstance(order, Refuse):
+                if self._too_long is not None and order.refusal.kind is RefusalKind.FAILED:
+                    self._refused = order.refusal.kind.value
+                    self._parts.telemetry.refused(self._call.request, self._refused)
+                    return await self._pass_rejection(self._too_long)
                 raise self._refusal(order)
             try:
                 self._sent_to = order.backend
@@ -160,10 +166,23 @@ class Exchange:
                 ticket.open_failed(retryable=True, cause=str(error), at_fault=at_fault)
                 continue
             except Rejected as rejected:
+                if rejected.too_long and self._parts.endpoints.longer_than(
+                    order.backend, self._call.request.model
+                ):
+                    self._too_long, self._sent_to = rejected, None
+                    ticket.open_failed(retryable=True, cause=str(rejected), at_fault=False)
+                    continue
                 self._kind = EndKind.FAILED
                 ticket.ended(EndKind.FAILED)
                 return await self._pass_rejection(rejected)
             return await self._answer(order, opened)
+
+    async def _open(self, order: Open) -> Opened:
+        parts, out = self._parts, self._outgoing(order)
+        chunks = parts.endpoints.chunks_ahead(order.backend)
+        if chunks is None or not chunks.takes(self._call):
+            return await parts.relay.open(self._ticket, self._call, out)
+        return await open_in_chunks(parts.relay, self._ticket, self._call, out, chunks, parts.clock)
 
     async def _wait(self) -> Open | Refuse:
         """Wait for the core's word; long waits may be kept alive with comments."""
@@ -177,13 +196,6 @@ class Exchange:
             if not self._client.begun:
                 await self._client.begin({**_SSE_HEADERS, "x-request-id": self._public_id})
             await self._client.write(_WAITING)
-    async def _open(self, order: Open) -> Opened:
-        parts, out = self._parts, self._outgoing(order)
-        chunks = parts.endpoints.chunks_ahead(order.backend)
-        if chunks is None or not chunks.takes(self._call):
-            return await parts.relay.open(self._ticket, self._call, out)
-        return await open_in_chunks(parts.relay, self._ticket, self._call, out, chunks, parts.clock)
-
         return order
 
     def _suspect(self, order: Open, error: UpstreamError) -> None:
@@ -199,13 +211,14 @@ class Exchange:
             headers = without_keys(headers)
         arrived = parts.shell.counts.arrived
         told = parts.endpoints.takes_promises(order.backend)
+        left_ms = None if math.isinf(order.priority) else int(order.priority * 1e3)
         return Outgoing(
             parts.endpoints.adapter(order.backend),
             parts.endpoints.capabilities(order.backend),
             headers,
             self._public_id,
-            # Milliseconds to the first deadline: the engine serves the more urgent first.
-            None if math.isinf(order.priority) else int(order.priority * 1e3),
+            left_ms,
+            None if left_ms is None else int(wall_clock() * 1e3) + left_ms,
             arrived <= _USAGE_FIRST or arrived % settings.tokens.usage_every == 0,
             promise_of(self._call.request, order, parts.clock(), settings.delivery_ms / 1e3) if told else None,
         )

@@ -38,11 +38,13 @@ _OUTPUT_COUNT = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d+)'
 class Rejected(Exception):
     """The engine calls the request itself wrong: its own answer goes to the client.
 
-    When it said so as the first event of a stream, the body is that event's data.
+    When it said so as the first event of a stream, the body is that event's data. `too_long`: for this engine;
+    another one may take it.
     """
 
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes, error: UpstreamError) -> None:
+        super().__init__(str(error))
+        self.too_long = error.failure is Failure.TOO_LONG
         self.status = status
         self.headers = headers
         self.body = body
@@ -81,7 +83,8 @@ class Outgoing:
     capabilities: Capabilities
     headers: Mapping[str, str]
     request_id: str
-    priority: int | None
+    left_ms: int | None  # until its first token is due
+    due_ms: int | None  # when that is, by the wall clock
     want_usage: bool
     promise: Promise | None = None
 
@@ -112,7 +115,8 @@ class Relay:
                 call.body,
                 out.request_id,
                 call.request.streamed,
-                out.priority,
+                out.left_ms,
+                out.due_ms,
                 want_usage,
                 out.promise,
             )
@@ -154,7 +158,7 @@ class Relay:
         error = adapter.response_failure(response.status, body)
         if error.retryable:
             raise error
-        raise Rejected(response.status, response.headers, body, str(error))
+        raise Rejected(response.status, response.headers, body, error)
 
     async def _whole(self, ticket: Ticket, response: UpstreamResponse) -> Opened:
         body = await self._stall_named(ticket, response.read_all(self._limits.answer_bytes))
@@ -188,7 +192,7 @@ class Relay:
                 raise failure
             if failure is not None:
                 told = data_of(scanner.error)
-                raise Rejected(failure.status or 400, _JSON, told, str(failure))
+                raise Rejected(failure.status or 400, _JSON, told, failure)
         return Opened(response, scanner, head)
 
     async def _stall_named(self, ticket: Ticket, reading: Awaitable[bytes]) -> bytes:

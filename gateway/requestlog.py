@@ -166,5 +166,5 @@ def unwritable(path: Path) -> str | None:
 
 
 def wall_clock() -> float:
-    """The time of day in a line; the only use of it in the gateway."""
+    """The time of day: for lines, and for deadlines that several gateways give to one engine."""
     return time.time()

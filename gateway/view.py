@@ -172,7 +172,9 @@ class FleetView:
             "step_s": None if ledger is None else ledger.step_s,
             "engine_running": member.engine.running,
             "engine_waiting": member.engine.waiting,
+            "engine_waiting_tokens": member.engine.waiting_tokens,
             "engine_kv_used": member.engine.kv_used_fraction,
+            "engine_age_s": member.engine.age_s,
             "driven": member.driven,
             "control": [_shown(one, now_s) for one in reversed(self._driving.controller.decisions(member.name))],
         }

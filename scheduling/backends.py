@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -18,6 +19,9 @@ class EngineLimits:
         kv_tokens: KV capacity.
         max_model_tokens: longest prompt plus answer.
         block_tokens: KV block size.
+        max_prompt_tokens: longest prompt, where that is less than the above allows.
+        lease_tokens: KV for so many tokens of an answer is taken when its request is let in, and for as many again
+            when they are made (TGI); None: KV grows as it is needed.
     """
 
     max_running_seqs: int | None = None
@@ -25,6 +29,27 @@ class EngineLimits:
     kv_tokens: int | None = None
     max_model_tokens: int | None = None
     block_tokens: int = 16
+    max_prompt_tokens: int | None = None
+    lease_tokens: int | None = None
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """The most tokens of a prompt, to which at least one token of an answer is added."""
+        known = [self.max_prompt_tokens, None if self.max_model_tokens is None else self.max_model_tokens - 1]
+        return min([most for most in known if most is not None], default=None)
+
+    def takes(self, prompt_tokens: int, output_tokens: int = 1) -> bool:
+        """Whether a prompt, with an answer that may have so many tokens, is not too long."""
+        if self.max_prompt_tokens is not None and prompt_tokens > self.max_prompt_tokens:
+            return False
+        return self.max_model_tokens is None or prompt_tokens + output_tokens <= self.max_model_tokens
+
+    def held_tokens(self, prompt_tokens: int, output_tokens: float, most_output_tokens: int | None) -> int:
+        """KV that a sequence holds when its answer has `output_tokens` of `most_output_tokens`, in leases."""
+        lease = self.lease_tokens or 1
+        leased = math.ceil(output_tokens / lease) * lease
+        room = None if self.max_model_tokens is None else max(self.max_model_tokens - prompt_tokens, 1)
+        return prompt_tokens + min([leased, *[most for most in (most_output_tokens, room) if most is not None]])
 
 
 class BackendState(Enum):
@@ -44,6 +69,8 @@ class Backend:
         calibrated: False while its profile is only a prior; nothing is refused for a predicted miss then.
         dynamic_chunk: whether the engine obeys a chunk budget that keeps a step within the tier's pace.
         pinned: in its tier for good: never returned to the pool, never relabelled.
+        ahead_chunk_tokens: longer prompts are sent ahead in chunks of so many tokens, with a step without any
+            behind each; None where prompts come whole.
     """
 
     name: str
@@ -55,9 +82,7 @@ class Backend:
     calibrated: bool = True
     dynamic_chunk: bool = False
     pinned: bool = False
+    ahead_chunk_tokens: int | None = None
 
     def serves(self, model: str) -> bool:
         return not self.models or model in self.models
-        ahead_chunk_tokens: longer prompts are sent ahead in chunks of so many tokens, with a step without any
-            behind each; None where prompts come whole.
-    ahead_chunk_tokens: int | None = None

@@ -17,7 +17,7 @@ from scheduling.tiers import TierSet
 RELEGATED = "(relegated)"
 """Name of the queue of those whose promise was given up."""
 
-Kind = tuple[str, frozenset[str]]
+Kind = tuple[str, frozenset[str], frozenset[str]]
 """Requests that may use the same backends: their model, and where they failed before. Each kind waits in a queue
 of its own, so that a request whom a backend cannot help does not bar the way for the others of its tier."""
 
@@ -242,7 +242,7 @@ class Desk:
     def firsts(self, name: str) -> list[Ticket]:
         """The first who waits for a tier, of each model."""
         fronts: dict[str, _Entry] = {}
-        for (model, _), queue in self._queues.get(name, {}).items():
+        for (model, _, _), queue in self._queues.get(name, {}).items():
             front = queue.front()
             if front is not None and (model not in fronts or front < fronts[model]):
                 fronts[model] = front
@@ -263,7 +263,7 @@ def _take_due(alarms: list[tuple[float, int, Ticket]], now_s: float) -> list[Tic
 
 
 def kind_of(ticket: Ticket) -> Kind:
-    return ticket.request.model, ticket.excluded
+    return ticket.request.model, ticket.excluded, ticket.misfits
 
 
 def _queue_name(ticket: Ticket) -> str:

@@ -29,7 +29,7 @@ from scheduling.options import Options
 from scheduling.placing import Look
 from scheduling.policies.protocol import Policy
 from scheduling.predict import prefill_left_tokens
-from scheduling.refusing import at_once, may_retry, within_reach
+from scheduling.refusing import at_once, may_retry, note_length, within_reach
 from scheduling.requests import Request
 from scheduling.residents import expected_output_tokens
 from scheduling.rivals import Waiting
@@ -163,6 +163,7 @@ class Dispatcher:
             request.slo.deadline_s(request.arrival_s, 0),
         )
         ticket = Ticket(request, tier, ask, lengths)
+        note_length(ticket, self.fleet)
         self._desk.arrive(ticket)
         self.fleet.note_demand(tier.name, now_s)
         if self.policy.uses_tiers:

@@ -14,6 +14,7 @@ from scheduling.ledger import DEFAULT_CHUNK_TOKENS, SLACK_RESERVE, Ledger
 from scheduling.load import Limits
 from scheduling.predict import Prefill, expected_tpot_s, steady_step_s, walk_prefill
 from scheduling.requests import Request
+from scheduling.reserved import own_kv_tokens, reserved_kv_tokens
 
 _MANY_TOKENS = 2.0**40
 
@@ -44,12 +45,14 @@ class Ask:
     """What is asked of a backend for one request.
 
     ``own_tpot_s`` and ``ttft_left_s`` are infinite when its own promise does not count (best effort, relegated).
+    ``answer_tokens``: so long an answer a backend must have room for behind the prompt.
     """
 
     request: Request
     output_tokens: float
     own_tpot_s: float
     ttft_due_s: float
+    answer_tokens: int = 1
 
 
 def fits_hard_limits(ledger: Ledger, ask: Ask) -> Verdict | None:
@@ -62,8 +65,10 @@ def fits_hard_limits(ledger: Ledger, ask: Ask) -> Verdict | None:
     cap = limits.max_running_seqs
     if cap is not None and ledger.seqs and ledger.seqs + request.sequences > cap:
         return Verdict.FULL
-    if limits.max_model_tokens is not None and request.prompt_tokens >= limits.max_model_tokens:
+    if not limits.takes(request.prompt_tokens, ask.answer_tokens):
         return Verdict.TOO_LONG
+    if limits.kv_tokens is not None and ledger.seqs and _reserved_with(ledger, ask) > limits.kv_tokens:
+        return Verdict.MEMORY
     return None
 
 
@@ -96,6 +101,15 @@ def judge(ledger: Ledger, ask: Ask, host_tpot_s: float, now_s: float, checks: Ch
         # later placements keep this pace too, so prompts cannot stretch it beyond
         expected_s = min(expected_tpot_s(ledger, steady_s, now_s, pace_s), max(pace_s, steady_s))
     return Judgement(verdict, ttft_s, steady_s, peak, pace_s, prefill, expected_s)
+
+
+def _reserved_with(ledger: Ledger, ask: Ask) -> int:
+    """The KV that is taken ahead for everybody once the newcomer is there; 0 where none is."""
+    limits = ledger.backend.limits
+    if limits.lease_tokens is None:
+        return 0
+    own = own_kv_tokens(limits, ask.request, ask.output_tokens)
+    return ledger.foreign.peak_kv_tokens + reserved_kv_tokens(limits, ledger.residents.values()) + own
 
 
 def _kv_with(ledger: Ledger, ask: Ask, growth: KvGrowth) -> int:
@@ -212,12 +226,12 @@ def limits_for(ledger: Ledger, ask: Ask, judged: Judgement, *, resident_slack: b
     """
     request = ask.request
     seqs = request.sequences
-    kv_each = max(int((request.prompt_tokens + ask.output_tokens) * seqs), 1)
+    kv_each = max(own_kv_tokens(ledger.backend.limits, request, ask.output_tokens), 1)
     base_decodes = ledger.stored.decodes + ledger.foreign.decodes + seqs
     base_kv = ledger.stored.kv_tokens + ledger.foreign.peak_kv_tokens + kv_each
     base_prefill = ledger.stored.prefill_tokens + ledger.foreign.queued_prefill_tokens
     base_prefill += (request.prompt_tokens - request.cached_tokens) * seqs
-    more = _room(ledger, judged, kv_each, seqs)
+    more = _room(ledger, judged, kv_each, seqs, _reserved_with(ledger, ask))
     prefill = judged.prefill
     chunk = ledger.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS
     if prefill is not None and prefill.least_chunk_tokens:
@@ -231,7 +245,7 @@ def limits_for(ledger: Ledger, ask: Ask, judged: Judgement, *, resident_slack: b
     return Limits(base_decodes + more * seqs, base_kv + more * kv_each, base_prefill + prefill_room)
 
 
-def _room(ledger: Ledger, judged: Judgement, kv_each: int, seqs: int) -> int:
+def _room(ledger: Ledger, judged: Judgement, kv_each: int, seqs: int, reserved_tokens: int) -> int:
     backend = ledger.backend
     limits = backend.limits
     peak = judged.peak_kv_tokens or ledger.peak_kv_tokens
@@ -239,7 +253,7 @@ def _room(ledger: Ledger, judged: Judgement, kv_each: int, seqs: int) -> int:
     if limits.max_running_seqs is not None:
         most = min(most, (limits.max_running_seqs - ledger.seqs - seqs) // seqs)
     if limits.kv_tokens is not None:
-        most = min(most, max(limits.kv_tokens - peak, 0) // kv_each)
+        most = min(most, max(limits.kv_tokens - max(peak, reserved_tokens), 0) // kv_each)
     if most <= 0:
         return 0
     if not backend.calibrated or math.isinf(judged.pace_s) or judged.tpot_s is None:

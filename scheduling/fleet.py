@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping
 
-from scheduling.backends import Backend, BackendState
+from scheduling.backends import Backend, BackendState, EngineLimits
 from scheduling.ledger import Ledger
 from scheduling.tiers import Tier, TierSet
 
@@ -29,6 +29,7 @@ class Fleet:
         self._keys: dict[str, tuple[str | None, _Key]] = {}
         self._order: dict[str | None, list[_Key]] = {}
         self._by_speed: list[tuple[float, str]] = []
+        self._shortest: EngineLimits | None = None  # the shortest requests that any refuses; None: to be found
         self._last_demand_s: dict[str, float] = {}
         self._assigned_since_s: dict[str, float] = {}
         self._assigned_s = 0.0
@@ -52,6 +53,7 @@ class Fleet:
 
     def put(self, backend: Backend, now_s: float) -> Ledger:
         """Add a backend (to the pool), or replace what is known of one."""
+        self._shortest = None
         ledger = self._ledgers.get(backend.name)
         if ledger is None:
             ledger = self._ledgers[backend.name] = Ledger(backend)
@@ -64,6 +66,7 @@ class Fleet:
 
     def remove(self, name: str, now_s: float) -> Ledger | None:
         ledger = self._ledgers.pop(name, None)
+        self._shortest = None
         if ledger is not None:
             self._unlist(name)
             self._by_speed.remove((ledger.alone_s, name))
@@ -155,6 +158,17 @@ class Fleet:
 
     def serving(self, model: str) -> Iterable[Ledger]:
         return (ledger for ledger in self._ledgers.values() if ledger.backend.serves(model))
+
+    def all_take(self, prompt_tokens: int, output_tokens: int) -> bool:
+        """Whether no backend is too short for such a request."""
+        if self._shortest is None:
+            limits = [ledger.backend.limits for ledger in self._ledgers.values()]
+            models = [one.max_model_tokens for one in limits if one.max_model_tokens is not None]
+            prompts = [one.max_prompt_tokens for one in limits if one.max_prompt_tokens is not None]
+            self._shortest = EngineLimits(
+                max_model_tokens=min(models, default=None), max_prompt_tokens=min(prompts, default=None)
+            )
+        return self._shortest.takes(prompt_tokens, output_tokens)
 
     def fastest(self, model: str) -> Iterator[Ledger]:
         """Those that serve a model and are up, the shortest step of an idle backend first."""

@@ -7,13 +7,15 @@ honest refusal, or whatever is left where its tier says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 from scheduling import events as ev
 from scheduling.decisions import Decision, Outcome, Refusal, RefusalKind
 from scheduling.desk import Desk
 from scheduling.elastic import Elastic
-from scheduling.fleet import Fleet
+from scheduling.fleet import Fleet, is_open
 from scheduling.ledger import Ledger
 from scheduling.options import Options
 from scheduling.paced import Pacer
@@ -100,8 +102,11 @@ class Ladder:
     def look_over(self, ticket: Ticket, now_s: float) -> Look:
         policy, request = self._policy, ticket.request
         stages = policy.last_resort if ticket.relegated else policy.stages
+        offered: Iterable[Stage] = stages(request, ticket.tier, self._fleet, now_s)
+        if ticket.misfits and policy.uses_tiers and not ticket.relegated:
+            offered = chain(offered, self._looser_homes(ticket))
         return look(
-            stages(request, ticket.tier, self._fleet, now_s),
+            offered,
             ticket.ask,
             policy.admission,
             now_s,
@@ -109,6 +114,18 @@ class Ladder:
             policy.checks,
             self._pacer,
         )
+
+    def _looser_homes(self, ticket: Ticket) -> Iterator[Stage]:
+        """Backends of looser tiers, for one that is too long for all of its own: it lives there like the requests
+        of a tier without a backend, whose pace is kept as well."""
+        if self._is_homeless(ticket):
+            for looser in self._fleet.tiers.tiers[ticket.tier.rank + 1 :]:
+                yield Stage(Outcome.SHARED, self._fleet.walk_tier(looser.name), ticket.tier.host_tpot_s)
+
+    def _is_homeless(self, ticket: Ticket) -> bool:
+        """Whether its tier has backends, and it is too long for each of them."""
+        own = [ledger.backend.name for ledger in self._fleet.walk_tier(ticket.tier.name) if is_open(ledger)]
+        return bool(own) and ticket.misfits.issuperset(own)
 
     def hold(self, ticket: Ticket, found: Look, now_s: float, out: list[ev.Action]) -> None:
         claim = self.claim_for(ticket, now_s)
@@ -226,4 +243,11 @@ class Ladder:
             if ledger.tier is None:
                 return None
             return Stage(Outcome.RELEGATED, (ledger,), self._fleet.host_tpot_s(ledger, now_s))
-        return self._policy.stage_on(ticket.tier, ledger, self._fleet, now_s)
+        stage = self._policy.stage_on(ticket.tier, ledger, self._fleet, now_s)
+        if stage is not None or not ticket.misfits or not self._policy.uses_tiers:
+            return stage
+        if ledger.tier is None or ledger.tier not in self._fleet.tiers:
+            return None
+        if self._fleet.tiers[ledger.tier].rank <= ticket.tier.rank or not self._is_homeless(ticket):
+            return None
+        return Stage(Outcome.SHARED, (ledger,), ticket.tier.host_tpot_s)

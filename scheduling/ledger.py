@@ -22,6 +22,7 @@ from scheduling.backends import Backend
 from scheduling.growth import GrowthCurve
 from scheduling.load import Floor, LoadVector
 from scheduling.news import Told
+from scheduling.reserved import reserved_kv_tokens
 from scheduling.residents import RECOUNT_TOKENS, Resident
 from scheduling.slack import finite, floor_of_queued, lowered, raised
 from scheduling.stored import Stored
@@ -434,8 +435,8 @@ class Ledger:
             return math.inf
         backend = self.backend
         most = max((backend.limits.max_batched_tokens or _MOST_CHUNK_TOKENS) - self.decodes, 1)
-        within_s = min([slack_s + (1.0 - SLACK_RESERVE) * tpot_s for tpot_s, slack_s in floors])
         most = min(most, backend.ahead_chunk_tokens or most)
+        within_s = min([slack_s + (1.0 - SLACK_RESERVE) * tpot_s for tpot_s, slack_s in floors])
         if within_s == math.inf:
             return math.inf
         decodes = Step.decode(self.decodes, self.decode_kv_tokens)
@@ -488,7 +489,10 @@ class Ledger:
             residents[tier] = residents.get(tier, 0) + resident.request.sequences
         return LoadVector(
             self.seqs - self.foreign.decodes,
-            max(self.peak_kv_tokens - self.foreign.peak_kv_tokens, 0),
+            max(
+                self.peak_kv_tokens - self.foreign.peak_kv_tokens,
+                reserved_kv_tokens(self.backend.limits, self.residents.values()),
+            ),
             self.queued_prefill_tokens - self.foreign.queued_prefill_tokens,
             residents,
             slack=finite(self.slack_floor),

@@ -16,6 +16,7 @@ from scheduling.load import Cost, ReserveCandidate
 from scheduling.paced import Pacer
 from scheduling.policies.protocol import Admission, Stage
 from scheduling.predict import expected_tpot_s, first_token_floor_s, own_prompt_tokens, steady_step_s, walk_prefill
+from scheduling.reserved import own_kv_tokens
 
 RECORDED_CANDIDATES = 24
 """Candidates a decision names one by one; the rest are counted by verdict in its reason."""
@@ -177,7 +178,7 @@ def candidate_for(choice: Choice, ask: Ask) -> ReserveCandidate:
     seqs = request.sequences
     cost = Cost(
         decodes=seqs,
-        peak_kv_tokens=int((request.prompt_tokens + ask.output_tokens) * seqs),
+        peak_kv_tokens=own_kv_tokens(ledger.backend.limits, request, ask.output_tokens),
         prefill_tokens=max(request.prompt_tokens - request.cached_tokens, 1) * seqs,
         # whose promise was given up binds nobody, so no replica is to count it to its tier
         tier=RELEGATED if ask.own_tpot_s == math.inf and request.slo.tpot_s is not None else request.tier,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import islice
 
 from scheduling.backends import Backend
@@ -18,19 +19,39 @@ _FASTEST_LOOKED_AT = 4
 _ENDS_LOOKED_AT = 16
 
 
+def note_length(ticket: Ticket, fleet: Fleet) -> None:
+    """Note which backends a request that has come is too long for, which differ where engines do.
+
+    The answer counts as long as it may get, where any backend has room for that: engines refuse what may outgrow
+    them. Where none has, the prompt alone counts, and the engine says what it makes of the rest.
+    """
+    request = ticket.request
+    prompt_tokens, most = request.prompt_tokens, request.max_output_tokens or 1
+    if not fleet.all_take(prompt_tokens, most):
+        serving = [ledger.backend for ledger in fleet.serving(request.model) if is_open(ledger)]
+        if not any(backend.limits.takes(prompt_tokens, most) for backend in serving):
+            most = 1
+        ticket.misfits = frozenset(
+            [backend.name for backend in serving if not backend.limits.takes(prompt_tokens, most)]
+        )
+    if most > 1:
+        ticket.ask = replace(ticket.ask, answer_tokens=most)
+
+
 def at_once(ticket: Ticket, fleet: Fleet) -> Refusal | None:
     """The refusal of a request that no waiting can help; None when there is hope."""
-    request = ticket.request
-    longest = None
+    request, longest = ticket.request, -1
     for ledger in fleet.serving(request.model):
         if is_open(ledger):
-            most = ledger.backend.limits.max_model_tokens
-            if most is None or request.prompt_tokens < most:
+            limits = ledger.backend.limits
+            if limits.takes(request.prompt_tokens, ticket.ask.answer_tokens):
                 return None
-            longest = most if longest is None else max(longest, most)
-    if longest is None:
+            longest = max(longest, limits.longest_prompt or 0)
+    if longest < 0:
         return Refusal(RefusalKind.NO_BACKEND, f"no backend is up for model {request.model!r}", 1.0)
-    message = f"the prompt has {request.prompt_tokens} tokens; no backend takes more than {longest}"
+    answer = ticket.ask.answer_tokens
+    behind = f" and its answer up to {answer}" if answer > 1 else ""
+    message = f"the prompt has {request.prompt_tokens} tokens{behind}; no backend takes more than {longest}"
     return Refusal(RefusalKind.TOO_LONG, message)
 
 

@@ -46,6 +46,7 @@ class Ticket:
         "held_number",
         "lease_id",
         "lengths",
+        "misfits",
         "phase",
         "relegated",
         "request",
@@ -64,6 +65,7 @@ class Ticket:
         self.attempts = 0
         self.store_refusals = 0
         self.excluded: frozenset[str] = frozenset()
+        self.misfits: frozenset[str] = frozenset()  # backends it is too long for, as they were when it came
         self.lease_id: str | None = None
         self.backend: str | None = None
         self.decision: Decision | None = None

@@ -4,8 +4,8 @@ It is a fake. The shapes were written after the source of the server (`entrypoin
 `entrypoints/openai/`, `managers/scheduler.py`); nothing here was compared with a live server. Times are those of
 the emulated engine (`adapters.emulated.driver`), words those of the emulated model, so they say nothing of SGLang.
 
-Not reproduced: that a prompt's chunk and decodes do not share a step unless told to, `n`, tools, and preemption by
-priority.
+Prompts go first: without mixed chunks, no decode runs while there is one to compute, but for the decodes of the
+interval behind a chunk. Not reproduced: `n`, tools, and preemption by priority.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from adapters.emulated.driver import EngineDriver
 from adapters.emulated.tokens import encode
 from tests.adapters.fake_parts import Json, chat_words, served
 from tests.adapters.fake_sglang_run import Refused, Run
+from tiergate_engine.lockstep import State
 from tiergate_engine.model import EngineConfig, EngineModel, PlannedStep
+from tiergate_engine.step import Step
 from tiergate_engine.steptime import RooflineStepTime
 
 VERSION = "0.5.23"
@@ -93,12 +95,56 @@ class Limits:
     stages: int = 1
 
 
-class CountingModel(EngineModel):
-    """The emulated engine, with the sums that SGLang keeps of its steps."""
+class SglangModel(EngineModel):
+    """The emulated engine with SGLang's order of steps, and the sums that it keeps of them.
+
+    Attributes:
+        mixed: chunks and decodes share a step.
+        interval: steps of decodes behind each chunk.
+        full_at: so many ran when the cap was raised; nobody is let in until one of them is gone.
+    """
 
     moments: tuple[float, ...] = (0.0,) * 6
     prefill_us = 0
     prefill_tokens = 0
+    mixed = False
+    interval = 0
+    full_at: int | None = None
+    _owed = 0  # steps of decodes until the next chunk
+
+    @property
+    def prompts(self) -> int:
+        """Prompts that are being computed."""
+        return len(self._partial)
+
+    def set_running_cap(self, sequences: int | None) -> None:
+        """One that is raised while others wait for a place shows when somebody leaves."""
+        if self.waiting and self.running >= self._cap:
+            self.full_at = self.running
+        super().set_running_cap(sequences)
+
+    def _seat_running(self) -> bool:
+        decodes = {key: one for key, one in self._running.items() if one.state is State.DECODE}
+        if self.full_at is not None and self.running < self.full_at:
+            self.full_at = None
+        if decodes and not self.mixed and self._owed == 0 and self._has_prompt():
+            self._held_up = decodes
+        return super()._seat_running()
+
+    def _seat_prefills(self, step: Step, admit: bool, now_s: float) -> Step:
+        if not self.mixed and step.decode_seqs:
+            self._owed = max(self._owed - 1, 0)
+            return step
+        found = super()._seat_prefills(step, admit and self.full_at is None, now_s)
+        self._owed = self.interval if found.prefill_tokens else 0
+        return found
+
+    def _has_prompt(self) -> bool:
+        """Whether a step without decodes would have something to do."""
+        room = self.kv_capacity_tokens - self.kv_used_tokens >= self.config.max_model_tokens
+        return bool(self._partial) or (
+            self.waiting > 0 and self.running < self._cap and self.full_at is None and room
+        )
 
     def next_step(self, now_s: float) -> PlannedStep | None:
         planned = super().next_step(now_s)
@@ -123,7 +169,7 @@ class FakeSglang:
     limits: Limits
     habits: Habits
     driver: EngineDriver
-    engine: CountingModel
+    engine: SglangModel
     url: str = ""
     bodies: list[bytes] = field(default_factory=list)
     seen: list[Json] = field(default_factory=list)
@@ -300,7 +346,7 @@ class FakeSglang:
                     self.cap = value
                     self.engine.set_running_cap(value)
                 elif name == "prefill_decode_interval":
-                    self.interval = value
+                    self.interval = self.engine.interval = value
                 else:
                     self.chunk = value
                     self.engine.set_budget(value)
@@ -389,7 +435,8 @@ async def fake_sglang(
         max_batched_tokens=limits.chunked_prefill_size,
         max_running_seqs=limits.max_running_requests,
     )
-    engine = CountingModel(config, RooflineStepTime(c0_s=step_s))
+    engine = SglangModel(config, RooflineStepTime(c0_s=step_s))
+    engine.mixed = habits.mixed
     driver = EngineDriver(engine)
     fake = FakeSglang(model, limits, habits, driver, engine)
     fake.cap = limits.max_running_requests // limits.stages

@@ -4,13 +4,15 @@ It is a fake. The shapes were written after the source of the router (`router/sr
 `infer/mod.rs`); nothing here was compared with a live server. Times are those of the emulated engine
 (`adapters.emulated.driver`), words those of the emulated model, so they say nothing of TGI.
 
-Not reproduced: tools, grammars, log probabilities, `best_of`, and KV blocks reserved ahead.
+KV for the prompt and up to `lease_tokens` of the answer is taken when a request is let in, one after the other;
+when those are made, it queues again. Not reproduced: tools, grammars, log probabilities, and `best_of`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +23,7 @@ from aiohttp.typedefs import Handler
 from adapters.emulated.driver import EngineDriver
 from adapters.emulated.tokens import encode
 from tests.adapters.fake_parts import Json, chat_words, served
-from tests.adapters.fake_tgi_run import Api, Run, TgiError
+from tests.adapters.fake_tgi_run import Api, Lease, Run, TgiError
 from tiergate_engine.model import EngineConfig, EngineModel
 from tiergate_engine.steptime import RooflineStepTime
 
@@ -57,14 +59,19 @@ class Habits:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a launcher's flags set; after `requeue_tokens` tokens of an answer its request is queued again."""
+    """What a launcher's flags set. `lease_tokens`: of an answer, before its request is queued again."""
 
     max_concurrent_requests: int = 128
     max_total_tokens: int = 4096
+    max_input_tokens: int | None = None  # one less than the above
     max_batch_prefill_tokens: int = 2048
     max_batch_total_tokens: int = 65_536
     max_client_batch_size: int = 4
-    requeue_tokens: int = 1024  # a constant of the router
+    lease_tokens: int = 1024  # a constant of the router
+
+    @property
+    def longest_prompt(self) -> int:
+        return self.max_total_tokens - 1 if self.max_input_tokens is None else self.max_input_tokens
 
 
 @dataclass(slots=True)
@@ -84,6 +91,9 @@ class FakeTgi:
     refused: int = 0
     generations: int = 0
     requeued: int = 0
+    reserved: int = 0  # KV tokens
+    waited: int = 0  # leases that were not had at once
+    leases: deque[Lease] = field(default_factory=deque)  # that wait for KV, first come first served
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[_errors])
@@ -124,7 +134,7 @@ class FakeTgi:
                 "max_concurrent_requests": limits.max_concurrent_requests,
                 "max_best_of": 2,
                 "max_stop_sequences": 4,
-                "max_input_tokens": limits.max_total_tokens - 1,
+                "max_input_tokens": limits.longest_prompt,
                 "max_total_tokens": limits.max_total_tokens,
                 "validation_workers": 2,
                 "max_client_batch_size": limits.max_client_batch_size,
@@ -148,9 +158,9 @@ class FakeTgi:
         model = self.driver.model
         if self.generations:
             for name, value in (
-                ("tgi_queue_size", model.waiting),
+                ("tgi_queue_size", len(self.leases) + model.waiting),
                 ("tgi_batch_current_size", model.running),
-                ("tgi_batch_current_max_tokens", model.kv_used_tokens),
+                ("tgi_batch_current_max_tokens", self.reserved),
             ):
                 lines += [f"# TYPE {name} gauge", f"{name} {value}"]
         return web.Response(text="\n".join(lines) + "\n")
@@ -162,6 +172,30 @@ class FakeTgi:
     async def chat_tokenize(self, request: web.Request) -> web.Response:
         words = chat_words(await self._body(request, "messages"))
         return web.json_response({"tokenize_response": _tokens(words), "templated_text": " ".join(words)})
+
+    # --- KV that is taken ahead ----------------------------------------------------------------------------
+
+    def reserve(self, lease: Lease) -> None:
+        """Let it in when there is KV for all that it may need, behind all that wait for theirs."""
+        self.leases.append(lease)
+        self._let_in()
+        self.waited += lease in self.leases
+
+    def give_back(self, lease: Lease) -> None:
+        """It has ended, or its client has left the queue."""
+        if lease in self.leases:
+            self.leases.remove(lease)
+        elif lease.held:
+            self.reserved -= lease.held
+            lease.held = 0
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self.leases and self.reserved + self.leases[0].needs <= self.limits.max_batch_total_tokens:
+            lease = self.leases.popleft()
+            lease.held = lease.needs
+            self.reserved += lease.held
+            lease.begin()
 
     # --- generations ---------------------------------------------------------------------------------------
 
@@ -240,7 +274,7 @@ async def fake_tgi(
 ) -> AsyncIterator[FakeTgi]:
     """A fake TGI on a free port; every step takes about `step_s`."""
     config = EngineConfig(
-        kv_tokens=limits.max_batch_total_tokens,
+        kv_tokens=limits.max_batch_total_tokens + 4_096,  # what is reserved is counted here, in single tokens
         max_model_tokens=limits.max_total_tokens,
         max_batched_tokens=limits.max_batch_prefill_tokens,
     )

@@ -59,28 +59,38 @@ class Api(Enum):
     OWN = "own"
 
 
-class _Lease:
-    """One sequence for as long as it runs on: after so many tokens it ends, and queues again with what it said."""
+class Lease:
+    """One sequence for as long as it runs on: after so many tokens it ends, and queues again with what it said.
 
-    def __init__(self, fake: FakeTgi, plan: Plan, choice: int, into: asyncio.Queue[tuple[int, int]]) -> None:
+    `needs`: KV for its prompt and all that it may say until then, `held` what it has of that.
+    """
+
+    def __init__(
+        self, fake: FakeTgi, plan: Plan, most: int, choice: int, into: asyncio.Queue[tuple[int, int]]
+    ) -> None:
+        self.needs = self.held = 0
         self._fake = fake
         self._plan = plan
+        self._most = most
         self._choice = choice
         self._into = into
         self._made = 0
         self._name = ""
         self._abandoned = False
-        self._submit()
+        self._queue()
 
     def token(self, index: int, *, finished: bool) -> None:
         if self._abandoned:
             self._fake.driver.abort(self._name)
+            self._fake.give_back(self)
             return
         self._into.put_nowait((self._choice, self._made))
         self._made += 1
+        if finished:
+            self._fake.give_back(self)
         if finished and self._made < self._plan.output_tokens:
             self._fake.requeued += 1
-            self._submit()
+            self._queue()
 
     def leave(self) -> None:
         """Its client is gone. What waits or speaks is dropped; a prompt that is computed goes on to its end."""
@@ -89,11 +99,18 @@ class _Lease:
             self._abandoned = True
         else:
             self._fake.driver.abort(self._name)
+            self._fake.give_back(self)
 
-    def _submit(self) -> None:
+    def _queue(self) -> None:
+        lease = min(self._most - self._made, self._fake.limits.lease_tokens)
+        self.needs = self._plan.prompt_tokens + self._made + lease - 1
+        self._name = f"{self._plan.sequence_id}+{self._made}"
+        self._fake.reserve(self)
+
+    def begin(self) -> None:
+        """There is KV for it."""
         plan, made = self._plan, self._made
-        self._name = f"{plan.sequence_id}+{made}"
-        tokens = min(plan.output_tokens - made, self._fake.limits.requeue_tokens)
+        tokens = min(plan.output_tokens - made, self._fake.limits.lease_tokens)
         spec = SequenceSpec(self._name, plan.prompt_tokens + made, tokens)
         self._fake.driver.submit(spec, self, by_length=plan.by_length)
 
@@ -111,7 +128,7 @@ class Run:
         self._chat = api is Api.CHAT
         self._usage = usage
         self._plans: list[Plan] = []
-        self._leases: list[_Lease] = []
+        self._leases: list[Lease] = []
         self._permits = 0
         self._name = f"tgi-{fake.generations}"
         self._tokens: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
@@ -202,11 +219,12 @@ class Run:
         self._permits = len(prompts)
         fake.permits += self._permits
         plans = [self._plan(words, choice) for choice, words in enumerate(prompts)]
-        for choice, plan in enumerate(plans):
+        for choice, (plan, most) in enumerate(plans):
             self._plans.append(plan)
-            self._leases.append(_Lease(fake, plan, choice, self._tokens))
+            self._leases.append(Lease(fake, plan, most, choice, self._tokens))
 
-    def _plan(self, words: Sequence[str], choice: int) -> Plan:
+    def _plan(self, words: Sequence[str], choice: int) -> tuple[Plan, int]:
+        """What it will say, and the most it may. Raises TgiError."""
         top_p = self._body.get("top_p")
         if isinstance(top_p, int | float) and not 0.0 < top_p < 1.0:
             raise _invalid("`top_p` must be > 0.0 and < 1.0")
@@ -215,8 +233,9 @@ class Run:
         most = self._fake.limits.max_total_tokens
         asked = self._body.get("max_tokens", self._body.get("max_completion_tokens"))
         room = most - len(words)
-        if len(words) >= most:
-            raise _invalid(f"`inputs` must have less than {most} tokens. Given: {len(words)}")
+        longest = self._fake.limits.longest_prompt
+        if len(words) > longest:
+            raise _invalid(f"`inputs` must have less than {longest} tokens. Given: {len(words)}")
         limit = asked if isinstance(asked, int) else room
         if limit > room:
             raise _invalid(
@@ -226,7 +245,8 @@ class Run:
         name = f"{self._name}-{choice}"
         key = answer_key(self._body.get("seed", name), choice)
         natural = draw_output_tokens(key)
-        return Plan(name, len(words), min(natural, limit), first_word(key), natural > limit, _END_TOKEN)
+        plan = Plan(name, len(words), min(natural, limit), first_word(key), natural > limit, _END_TOKEN)
+        return plan, limit
 
     def _check(self, index: int) -> None:
         fails_after = self._fake.habits.fails_after

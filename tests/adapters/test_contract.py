@@ -85,7 +85,7 @@ async def test_a_request_goes_as_it_came_and_is_answered(kind: str, path: str, s
     body = orjson.dumps({"model": MODEL, "max_tokens": 3, "stream": streamed} | prompt)
     headers = {"Authorization": "Bearer theirs", "content-type": "application/json"}
     async with connected(kind) as adapter:
-        call = adapter.prepare(OutgoingRequest(path, headers, body, "r-1", streamed, priority=5))
+        call = adapter.prepare(OutgoingRequest(path, headers, body, "r-1", streamed, 5, 1_000_005))
         assert (call.method, call.path, call.body) == ("POST", path, body)
         assert call.headers["authorization"] == "Bearer ours"
         response = await adapter.upstream.open(call)

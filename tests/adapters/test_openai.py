@@ -65,7 +65,7 @@ class TestPrepare:
         assert dict(headers) == {"authorization": "Bearer ours", "x-request-id": "r-1"}
 
     def test_priority_is_never_sent(self, adapter: OpenAIAdapter) -> None:
-        call = adapter.prepare(outgoing(priority=-5))
+        call = adapter.prepare(outgoing(left_ms=-5, due_ms=10**12))
         assert (call.body, dict(call.headers)) == (b'{"model":"m"}', {"x-request-id": "r-1"})
 
     @pytest.mark.parametrize(

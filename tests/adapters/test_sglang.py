@@ -138,18 +138,44 @@ class TestKnobs:
         async with fake_sglang(step_s=0.005) as fake:
             adapter = SglangAdapter(connect(fake.url))
             await adapter.probe()
-            await adapter.set_running_cap(1)
+            await adapter.set_running_cap(2)
             body = {"messages": MESSAGES, "max_tokens": 3000, "stream": True, "seed": LONG}
-            calls = [adapter.prepare(outgoing(CHAT, body, request_id=f"r-{number}")) for number in range(2)]
+            calls = [adapter.prepare(outgoing(CHAT, body, request_id=f"r-{number}")) for number in range(4)]
             async with asyncio.TaskGroup() as tasks:
                 opening = [tasks.create_task(adapter.upstream.open(call)) for call in calls]
-                await until(lambda: fake.engine.running == 1 and fake.engine.waiting == 1)
+                await until(lambda: fake.engine.running == 2 and fake.engine.waiting == 2)
                 load = await adapter.read_load()
                 assert load.running is not None
-                await adapter.set_running_cap(2)
-                await until(lambda: fake.engine.running == 2)
+                await adapter.set_running_cap(4)
+                steps = fake.engine.steps
+                await until(lambda: fake.engine.steps > steps + 3)
+                assert fake.engine.running == 2, "it shows when one of them leaves"
+                next(one for one in opening if one.done()).result().abort()
+                await until(lambda: fake.engine.running == 3)
             for one in opening:
                 one.result().abort()
+            await until(lambda: not fake.requests)
+
+    @pytest.mark.parametrize(("mixed", "told"), [(False, False), (False, True), (True, False)])
+    async def test_prompts_go_first(self, connect: Connect, mixed: bool, told: bool) -> None:
+        """Unless chunks are mixed, or steps of decodes are asked for between them, which a chunk budget does."""
+        habits, limits = Habits(plugin=True, mixed=mixed), Limits(chunked_prefill_size=64)
+        async with fake_sglang(habits=habits, limits=limits, step_s=0.005) as fake:
+            adapter = SglangAdapter(connect(fake.url))
+            await adapter.probe()
+            if told:
+                await adapter.set_chunk_budget(32)
+            body = {"messages": MESSAGES, "max_tokens": 3000, "stream": True, "seed": LONG}
+            stream = await adapter.upstream.open(adapter.prepare(outgoing(CHAT, body)))
+            long = {"prompt": "a " * 640, "max_tokens": 1, "stream": True, "seed": 1}
+            async with asyncio.TaskGroup() as tasks:
+                task = tasks.create_task(exchange(adapter, COMPLETIONS, long))
+                await until(lambda: fake.engine.waiting > 0 or bool(fake.engine.prompts))
+                alone = fake.engine.moments[0]
+                await until(lambda: fake.engine.prefill_tokens >= 640 or task.done())
+                alone = fake.engine.moments[0] - alone
+            assert alone >= 18 if told else alone <= 3
+            stream.abort()
             await until(lambda: not fake.requests)
 
     async def test_without_the_plugin_the_chunk_is_as_it_was_started(self, connect: Connect) -> None:
@@ -239,14 +265,14 @@ class TestLoad:
             await adapter.set_running_cap(1)
             body = {"messages": MESSAGES, "stream": True, "seed": LONG}
             async with asyncio.TaskGroup() as tasks:
-                calls = [
-                    adapter.prepare(outgoing(CHAT, body, request_id=str(one), priority=one)) for one in (1, 9)
-                ]
+                calls = [adapter.prepare(outgoing(CHAT, body, request_id=str(one), left_ms=one)) for one in (1, 9)]
                 opening = [tasks.create_task(adapter.upstream.open(call)) for call in calls]
                 await until(lambda: fake.engine.running == 1 and fake.engine.waiting == 1)
                 load = await adapter.read_load()
                 assert (load.running, load.waiting) == (1, 1)
                 await adapter.set_running_cap(2)
+                await until(lambda: any(one.done() for one in opening))
+                next(one for one in opening if one.done()).result().abort()
             for one in opening:
                 one.result().abort()
             await until(lambda: not fake.requests)
@@ -334,7 +360,9 @@ class TestPrepare:
         async with fake_sglang(habits=Habits(priority=True)) as fake:
             adapter = SglangAdapter(connect(fake.url))
             await adapter.probe()
-            call = adapter.prepare(outgoing("/v1/messages", {"messages": MESSAGES}, priority=100))
+            call = adapter.prepare(
+                outgoing("/v1/messages", {"messages": MESSAGES}, left_ms=100, due_ms=1_790_000_000_123)
+            )
             assert orjson.loads(call.body) == {"messages": MESSAGES}
             assert call.headers["x-override-priority"] == str(MOST_URGENT)
             assert set(adapter.prepare(outgoing("/v1/embeddings", {"input": "a"})).headers) == {"x-request-id"}
@@ -360,16 +388,20 @@ class TestPriority:
             adapter = SglangAdapter(connect(fake.url))
             assert (await adapter.probe()).priority is support
             body = {"messages": MESSAGES, "priority": 10**6}
-            told = [sent(adapter, CHAT, body, priority=left)["priority"] for left in left_ms]
+            told = [sent(adapter, CHAT, body, left_ms=left)["priority"] for left in left_ms]
         assert told == (levels or [10**6] * len(left_ms))
 
     async def test_by_configuration(self) -> None:
         yes = make("sglang", "http://h", AdapterOptions(priority=Support.YES))
-        assert orjson.loads(yes.prepare(outgoing(CHAT, {}, priority=1)).body) == {"priority": MOST_URGENT}
+        assert orjson.loads(yes.prepare(outgoing(CHAT, {}, left_ms=1, due_ms=1_790_000_000_123)).body) == {
+            "priority": MOST_URGENT
+        }
         async with fake_sglang(habits=Habits(priority=True)) as fake:
             no = make("sglang", fake.url, AdapterOptions(priority=Support.NO))
             assert (await no.probe()).priority is Support.NO
-            assert "priority" not in orjson.loads(no.prepare(outgoing(CHAT, {}, priority=1)).body)
+            assert "priority" not in orjson.loads(
+                no.prepare(outgoing(CHAT, {}, left_ms=1, due_ms=1_790_000_000_123)).body
+            )
             await no.close()
 
     async def test_a_clients_priority_that_is_refused_is_not_an_overload(self, connect: Connect) -> None:

@@ -96,7 +96,8 @@ class TestProbe:
             tokenize=Support.YES,
             continuous_usage=Support.NO,
             tokens_per_event=1,
-            requeue_tokens=1024,
+            lease_tokens=1024,
+            max_prompt_tokens=511,
         )
         assert found.load is Support.UNKNOWN
 
@@ -152,7 +153,7 @@ class TestDetect:
     async def test_by_name(self) -> None:
         adapter = make("tgi", "http://127.0.0.1:1", AdapterOptions(api_key="k"))
         assert type(adapter) is TgiAdapter
-        assert adapter.prepare(outgoing(CHAT, {}, priority=3)).headers == {
+        assert adapter.prepare(outgoing(CHAT, {}, left_ms=3, due_ms=3)).headers == {
             "x-request-id": "r-1",
             "authorization": "Bearer k",
         }
@@ -239,7 +240,7 @@ class TestStreams:
     @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/generate_stream"])
     async def test_a_long_answer_is_queued_again(self, connect: Connect, path: str) -> None:
         """Its tokens come as if nothing were, but it waits behind what came meanwhile."""
-        limits = Limits(requeue_tokens=4, max_batch_prefill_tokens=64)
+        limits = Limits(lease_tokens=4, max_batch_prefill_tokens=64)
         prompt: dict[str, object] = {"messages": MESSAGES} if path == CHAT else {"prompt": "a b c"}
         body = {**prompt, "max_tokens": 14, "seed": 1, "stream": True}
         if path == "/generate_stream":
@@ -252,8 +253,27 @@ class TestStreams:
             assert said[0] == said[1]
             assert len([one for one in said[0] if one]) == 14
 
+    async def test_kv_is_taken_ahead(self, connect: Connect) -> None:
+        """For the prompt, and up to 1,024 tokens of what the client allows for an answer."""
+        async with fake_tgi(limits=Limits(max_batch_total_tokens=1_500), step_s=0.005) as tgi:
+            adapter = TgiAdapter(connect(tgi.url))
+            body = {"messages": MESSAGES, "stream": True, "seed": 1}
+            first = await adapter.upstream.open(adapter.prepare(outgoing(CHAT, body)))
+            assert await first.read()
+            async with asyncio.TaskGroup() as tasks:
+                waits = tasks.create_task(exchange(adapter, CHAT, {**body, "max_tokens": 600}))
+                await until(lambda: bool(tgi.leases))
+                assert tgi.driver.model.kv_used_tokens < 200, "and there is room for it"
+                load = await adapter.read_load()
+                assert (load.running, load.waiting) == (1, 1)
+                first.abort()
+                assert (await waits)[0] == 200
+            assert (tgi.waited, tgi.reserved) == (1, 0)
+            status, _ = await exchange(adapter, CHAT, {**body, "max_tokens": 8})
+            assert (status, tgi.waited) == (200, 1)
+
     async def test_behind_all_that_wait(self, connect: Connect) -> None:
-        limits = Limits(requeue_tokens=20, max_batch_prefill_tokens=20)
+        limits = Limits(lease_tokens=20, max_batch_prefill_tokens=20)
         async with fake_tgi(limits=limits, step_s=0.01) as tgi:
             adapter = TgiAdapter(connect(tgi.url))
             body = {"messages": MESSAGES, "max_tokens": 24, "seed": 1, "stream": True}
@@ -411,7 +431,7 @@ class TestErrors:
             long = {"messages": MESSAGES, "max_tokens": 10_000, "stream": True}
             failure = adapter.stream_failure((await exchange(adapter, CHAT, long))[1])
             assert failure is not None
-            assert (failure.failure, failure.status) == (Failure.REJECTED, 422)
+            assert (failure.failure, failure.status) == (Failure.TOO_LONG, 422)
 
 
 class TestVerbs:

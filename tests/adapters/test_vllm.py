@@ -91,12 +91,13 @@ class Engine:
         return web.Response(status=self.abort_status)
 
 
-def outgoing(priority: int | None, headers: dict[str, str] | None = None) -> OutgoingRequest:
-    return OutgoingRequest("/v1/completions", headers or {}, b'{"model":"tiny"}', "r-1", True, priority)
+def outgoing(due_ms: int | None, headers: dict[str, str] | None = None) -> OutgoingRequest:
+    left_ms = None if due_ms is None else 40
+    return OutgoingRequest("/v1/completions", headers or {}, b'{"model":"tiny"}', "r-1", True, left_ms, due_ms)
 
 
 async def priority_sent(adapter: VllmAdapter) -> str | None:
-    call = adapter.prepare(outgoing(-7))
+    call = adapter.prepare(outgoing(1_790_000_000_123))
     assert call.body == b'{"model":"tiny"}'
     return call.headers.get("x-vllm-priority")
 
@@ -114,7 +115,7 @@ class TestProbe:
         assert (found.max_running_seqs, found.max_batched_tokens) == (64, 4096)
         assert (found.priority, found.tokenize, found.abort_by_id) == (Support.YES,) * 3
         assert (found.load, found.tokens_per_event, found.emulated) == (Support.YES, 1, False)
-        assert await priority_sent(adapter) == "-7"
+        assert await priority_sent(adapter) == "1790000000123"
         assert "/v1/completions" not in {path for path, _ in engine.posted}
 
     async def test_a_plain_server(self, serve_app: ServeApp, connect: Connect) -> None:
@@ -125,7 +126,7 @@ class TestProbe:
         assert (found.priority, found.abort_by_id) == (Support.UNKNOWN, Support.NO)
         assert [path for path, _ in engine.posted] == ["/v1/completions"]
         assert engine.posted[0][1]["max_tokens"] == 1
-        assert await priority_sent(adapter) == "-7"
+        assert await priority_sent(adapter) == "1790000000123"
 
     @pytest.mark.parametrize(
         ("status", "answer", "support"),
@@ -148,7 +149,7 @@ class TestProbe:
         assert (await adapter.probe()).priority is Support.NO
         assert await priority_sent(adapter) is None
 
-    @pytest.mark.parametrize(("support", "sent"), [(Support.YES, "-7"), (Support.NO, None)])
+    @pytest.mark.parametrize(("support", "sent"), [(Support.YES, "1790000000123"), (Support.NO, None)])
     async def test_configuration_costs_no_generation(
         self, serve_app: ServeApp, connect: Connect, support: Support, sent: str | None
     ) -> None:
@@ -276,8 +277,8 @@ class TestVerbs:
     async def test_a_clients_own_priority_header_is_dropped(self, serve_app: ServeApp, connect: Connect) -> None:
         adapter = VllmAdapter(connect(await serve_app(Engine().app())), priority=Support.YES)
         headers = {"X-VLLM-Priority": "-999"}
-        for priority in (None, 2**70):  # without one it would count as 0: before all that have time left
-            sent = adapter.prepare(outgoing(priority, headers)).headers
+        for due_ms in (None, 2**70):  # without one it would count as 0: before every deadline
+            sent = adapter.prepare(outgoing(due_ms, headers)).headers
             assert [value for name, value in sent.items() if name.lower() == "x-vllm-priority"] == [str(2**63 - 1)]
         mute = VllmAdapter(connect(await serve_app(Engine().app())), priority=Support.NO)
         assert "x-vllm-priority" not in {name.lower() for name in mute.prepare(outgoing(None, headers)).headers}

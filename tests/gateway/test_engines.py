@@ -202,3 +202,61 @@ async def test_a_whole_answer_of_each_is_in_one_shape() -> None:
             assert answer["id"]
             ids.add(answer["id"])
         assert len(ids) == 6
+
+
+async def test_step_times_that_streams_do_not_show_are_learned_from_what_sglang_tells() -> None:
+    """Its events carry several tokens, so their gaps say nothing; its steps take four times the profile's."""
+    async with sglang.fake_sglang(MODEL, habits=sglang.Habits(merged=6), step_s=0.02) as sgl:
+        backend = BackendSettings(url=sgl.url, name="sglang", profile=PROFILE)
+        base: dict[str, object] = {"port": 0, "backends": [backend], "tick_ms": 20, "log_requests": False}
+        settings = Settings.model_validate(base | {"health": {"every_s": 0.1}})
+        async with gateway(settings) as made, client(made) as ask:
+            (member,) = made.fleet.members()
+            assert member.published is not None
+            before_s = member.published.step_time.decode_seconds(1, 100)
+            assert before_s < 0.006
+
+            async def stream() -> None:
+                async with ask.chat(seed=_LONG, max_tokens=3_000) as answer:
+                    await answer.read()
+
+            def learned() -> bool:
+                return member.published is not None and member.published.step_time.decode_seconds(1, 100) > 0.015
+
+            async with asyncio.TaskGroup() as tasks:
+                asking = tasks.create_task(stream())
+                await until(learned)
+                asking.cancel()
+            backends = made.view.state(0.0)["backends"]
+            assert isinstance(backends, list)
+            told = backends[0]
+            assert isinstance(told, dict)
+            assert told["engine_waiting_tokens"] == 0
+            assert told["engine_age_s"] is not None
+            await settled(made)
+        await until(lambda: not sgl.requests)
+
+
+async def test_tgi_is_given_no_more_than_it_reserves_kv_for() -> None:
+    """So nobody waits in it, neither at first nor for the KV of the next 1,024 tokens of an answer."""
+    limits = tgi.Limits(max_batch_total_tokens=2_600, max_total_tokens=2_048)
+    async with tgi.fake_tgi(MODEL, limits=limits, step_s=0.001) as text:
+        known = LimitSettings(kv_tokens=2_600, max_batched_tokens=2_048)
+        backend = BackendSettings(url=text.url, name="tgi", profile=PROFILE, limits=known)
+        base: dict[str, object] = {"port": 0, "backends": [backend], "tick_ms": 20, "log_requests": False}
+        async with gateway(Settings.model_validate(base)) as made, client(made) as ask:
+
+            async def one(number: int) -> bytes:
+                headers = {"x-slo-tier": "batch"}
+                status, body = await ask.read_chat(seed=_LONG + number, max_tokens=1_100, headers=headers)
+                assert status == 200, body
+                return body
+
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(4):
+                    tasks.create_task(one(number))
+                await until(lambda: text.permits == 2)
+            assert text.requeued > 0
+            assert text.waited == 0
+            await settled(made)
+            assert idle(made)

@@ -72,8 +72,8 @@ def test_the_smallest_key_is_first_whatever_its_kind() -> None:
         desk.arrive(made[name])
         desk.hold(made[name], key)
     assert desk.head("fast") is made["r2"]
-    assert desk.head("fast", {("n", frozenset())}) is made["r3"]
-    assert desk.head("fast", {("n", frozenset()), ("m", frozenset())}) is None
+    assert desk.head("fast", {("n", frozenset(), frozenset())}) is made["r3"]
+    assert desk.head("fast", {("n", frozenset(), frozenset()), ("m", frozenset(), frozenset())}) is None
     assert desk.head("mid") is None
     desk.end(made["r2"], EndKind.CANCELLED)
     assert desk.head("fast") is made["r3"]

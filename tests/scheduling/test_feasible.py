@@ -134,6 +134,34 @@ def test_too_long() -> None:
     assert verdict(Ledger(backend(max_model_tokens=100)), request("a", "slow", 100)) is Verdict.TOO_LONG
 
 
+def test_too_long_with_its_answer() -> None:
+    """Engines refuse what may outgrow them, and prompts beyond a limit of their own."""
+    ledger = Ledger(backend(max_model_tokens=100, max_prompt_tokens=60))
+    asked = request("a", "slow", 50)
+    assert judge(ledger, replace(ask_for(asked), answer_tokens=50), math.inf, 0.0).feasible
+    assert judge(ledger, replace(ask_for(asked), answer_tokens=51), math.inf, 0.0).verdict is Verdict.TOO_LONG
+    assert verdict(ledger, request("a", "slow", 60)) is Verdict.FEASIBLE
+    assert verdict(ledger, request("a", "slow", 61)) is Verdict.TOO_LONG
+
+
+def test_kv_that_is_taken_ahead_counts_as_taken() -> None:
+    """50 tokens are expected of each, and 60 taken for each: two leases, or as much as its client allows."""
+    grows, takes = (Ledger(backend(kv_tokens=400, lease_tokens=tokens)) for tokens in (None, 30))
+    for ledger in (grows, takes):
+        put(ledger, "x", 20, tier="slow", prompt_tokens=200)
+    assert verdict(grows, request("a", "slow", 120)) is Verdict.FEASIBLE
+    assert verdict(takes, request("a", "slow", 81)) is Verdict.MEMORY
+    assert verdict(takes, request("a", "slow", 80)) is Verdict.FEASIBLE
+    assert verdict(takes, request("a", "slow", 100, max_output_tokens=40)) is Verdict.FEASIBLE
+    assert verdict(takes, request("a", "slow", 101, max_output_tokens=40)) is Verdict.MEMORY
+    assert takes.own_load().peak_kv_tokens == 260, "other replicas are told what is taken"
+    capacity = takes.backend.limits.kv_tokens
+    judged = judge(takes, ask_for(request("a", "slow", 80)), math.inf, 0.0)
+    limits = limits_for(takes, ask_for(request("a", "slow", 80)), judged, resident_slack=True)
+    assert capacity is not None
+    assert limits.peak_kv_tokens <= capacity
+
+
 def test_first_token() -> None:
     ledger = Ledger(backend())
     assert verdict(ledger, request("a", slo=Slo(0.020001, 0.02))) is Verdict.FEASIBLE

@@ -47,7 +47,7 @@ def test_at_once() -> None:
     refusal = at_once(ticket(prompt_tokens=2000), fleet)
     assert refusal is not None
     assert (refusal.kind, refusal.retry_after_s) == (RefusalKind.TOO_LONG, None)
-    assert "2000 tokens; no backend takes more than 2000" in refusal.message
+    assert "2000 tokens; no backend takes more than 1999" in refusal.message
     fleet.put(backend("b", max_model_tokens=9000), 0.0)
     assert at_once(ticket(prompt_tokens=2000), fleet) is None
     nobody = at_once(ticket(), fleet_of())
