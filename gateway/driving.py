@@ -30,6 +30,7 @@ _ANSWER_S = 5.0  # what an engine says later than this is not waited for
 _PATIENCE = 3  # failures in a row before a rung is left
 _BARRED_S = 30.0  # how long
 _STEPS_EVERY_S = 1.0
+_WATCH_EVERY_S = 20.0  # an engine that nobody gave orders counts and keeps steps only for whom asks now and then
 _STEPS_ASKED = 64  # the latest: each costs the gateway some microseconds
 _CHANNEL = "plug-in"
 
@@ -62,7 +63,7 @@ class Driving:
         telemetry: Telemetry,
         clock: Callable[[], float],
     ) -> None:
-        self.controller = Controller(ControlOptions())
+        self.controller = Controller(ControlOptions.lapsing(live.now.settings.orders_lapse_s))
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._shell = shell
@@ -280,7 +281,7 @@ class Driving:
             engine.run_id, engine.cursor = state.run_id, max(state.steps - _STEPS_ASKED, 0)
         now_s = self._clock()
         made = state.steps - engine.cursor
-        if made <= 0 or now_s - engine.asked_s < _STEPS_EVERY_S:
+        if now_s - engine.asked_s < (_STEPS_EVERY_S if made > 0 else _WATCH_EVERY_S):
             return
         engine.asked_s = now_s
         told = await plugin.read_steps(max(engine.cursor, state.steps - _STEPS_ASKED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Self
 
 from tiergate_engine.control import Mode, Orders
 from tiergate_engine.drive import Rules
@@ -68,6 +69,11 @@ class ControlOptions:
     floor_tokens: int = 16
     kv_each_tokens: int = 1_000
     kept: int = 16
+
+    @classmethod
+    def lapsing(cls, lapse_s: float) -> Self:
+        """With orders that lapse after so long. How soon they are renewed, or yielded, follows in proportion."""
+        return cls(lapse_s=lapse_s, refresh_s=lapse_s / 6.0, yield_s=lapse_s / 3.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import pytest
 from adapters.contract import Failure, Unsupported, UpstreamError
 from adapters.emulated import EmulatedEngine, EmulatedSettings, serving
 from adapters.emulated.plugin import EmulatedPlugin, Urgency
+from adapters.vllm import VllmAdapter
 from gateway.app import Gateway
 from gateway.config import BackendSettings, Settings
 from gateway.fleet import Member
@@ -27,7 +28,7 @@ from scheduling.requests import Request
 from scheduling.tiers import Slo
 from tests.adapters.fake_sglang import Habits, fake_sglang
 from tests.gateway.rig import MODEL, PROFILE, Client, client, engine, gateway, idle, settings_for, settled, until
-from tiergate_engine.control import EngineState, Mode, Orders, Promise
+from tiergate_engine.control import EngineState, Mode, Orders, Promise, StepFacts
 from tiergate_engine.model import EngineConfig
 from tiergate_engine.step import Step, StepTime
 from tiergate_engine.steptime import ScaledStepTime, ShiftedStepTime
@@ -363,3 +364,33 @@ async def test_an_engine_that_fails_to_answer_is_left_to_itself(
         assert await stand.complete()
         assert not stand.member.takes_promises
     assert len([one for one in caplog.records if "too late" in one.getMessage()]) == 1
+
+
+async def test_an_engine_that_made_no_step_is_asked_for_its_steps_once() -> None:
+    """The plug-in counts and keeps steps only for whom asks: who waits until some are made learns of none."""
+    async with _stand() as stand:
+        plugin = stand.member.adapter
+        assert isinstance(plugin, VllmAdapter)
+        asked: list[int] = []
+        own = plugin.read_steps
+
+        async def note(since: int) -> StepFacts:
+            asked.append(since)
+            return await own(since)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plugin, "read_steps", note)
+            stand.gateway.driving._engines.clear()  # as when the engine was probed anew
+            await until(lambda: asked == [0])
+            await asyncio.sleep(5 * _QUICK.every_s)
+            assert asked == [0]
+
+
+async def test_how_long_orders_hold_is_configured() -> None:
+    async with (
+        serving([_engine()]) as (served,),
+        gateway(_settings(served.url, orders_lapse_s=6)) as made,
+    ):
+        options = made.driving.controller.options
+        assert (options.lapse_s, options.refresh_s, options.yield_s) == (6.0, 1.0, 2.0)
+    assert ControlOptions.lapsing(30.0) == ControlOptions()
