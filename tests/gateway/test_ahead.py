@@ -13,6 +13,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from adapters.contract import Capabilities, Failure, OutgoingRequest, PromptIds, Support, UpstreamError
 from adapters.emulated import EmulatedEngine, EmulatedSettings, serving
@@ -339,3 +340,10 @@ async def test_a_driven_engine_cuts_its_prompts_itself() -> None:
         await stand.text()
         assert sum(stand.chunks()) == 300
         assert stand.chunks() != [64, 64, 64, 64, 44]
+
+
+def test_the_option_is_off_and_stands_in_a_flag_too() -> None:
+    made = Settings.model_validate({"backends": ["http://a:1,chunks_outside_tokens=512", "http://b:1"]})
+    assert [one.chunks_outside_tokens for one in made.backends] == [512, None]
+    with pytest.raises(ValidationError, match="chunks_outside_tokens"):
+        Settings.model_validate({"backends": ["http://a:1,chunks_outside_tokens=0"]})
