@@ -12,6 +12,9 @@ with engines
 residents' slack instead. A router without tiers (`minimal`) shows the mechanisms where admission keeps less away
 from the engines.
 
+With `--controlled` the engines are driven by the live controller instead, on virtual time: its decisions twice a
+second, as much of them as the engines take (docs/design.md, "Driving engines"), beside stock and driven ones.
+
 All variants get the same requests, by seed, and are run at two rates around where `driven` misses 90 %; those
 whose own crossing lies elsewhere are run there too. Results are kept in DIR: interrupt it at any time, the same
 command goes on. `--report` prints what is there. Tables come trace by trace and are written to DIR.
@@ -66,6 +69,17 @@ class Variant:
         return Contender(self.router, tuple(sorted(self.knobs.items())))
 
 
+def controlled(router: str) -> tuple[Variant, ...]:
+    """What is compared where the controller drives: each rung of its ladder, and what it is to be held against."""
+    return (
+        *[one for one in variants(router) if one.name in (STOCK, "paced", DRIVEN)],
+        Variant("controlled: driven", router, {"controlled": "driven"}),
+        Variant("controlled: chunk budget", router, {"controlled": "chunk_budget"}),
+        Variant("controlled: running cap", router, {"controlled": "running_cap"}, swept=True),
+        Variant("controlled: prefill pacing", router, {"controlled": "prefill_pacing"}, swept=True),
+    )
+
+
 def variants(router: str) -> tuple[Variant, ...]:
     """All that are compared with one router."""
     if router == MINIMAL:
@@ -96,8 +110,8 @@ class Size:
     seeds: tuple[int, ...]
 
 
-def compared(workload: Workload, router: str, size: Size) -> tuple[Compared, ...]:
-    """The plans of a router's variants on one trace."""
+def compared(workload: Workload, router: str, every: Sequence[Variant], size: Size) -> tuple[Compared, ...]:
+    """The plans of a router's variants on one trace; one of them is `DRIVEN`."""
     spec = fleet(size.backends, caching=workload.prefixes)
     scale = scale_of(workload, spec)
     settings = _settings(scale, size)
@@ -106,7 +120,6 @@ def compared(workload: Workload, router: str, size: Size) -> tuple[Compared, ...
         subject = Subject(workload, spec, variant.contender, scale.optimal_rps)
         return Search(subject, replace(settings, seeds=seeds, tolerance=tolerance))
 
-    every = variants(router)
     leader = search(next(one for one in every if one.name == DRIVEN), size.seeds[:2], 0.25)
     found = []
     for variant in every:
@@ -133,11 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     addresser = Addresser.of_this_code()
     size = Size(args.backends, tuple(range(1, args.seeds + 1)))
     known: dict[Cell, CellOutcome] = {}
+    tables = args.out / ("controlled.txt" if args.controlled else "tables.txt")
     texts: list[str] = []
     every: list[Compared] = []
     failed = False
     for workload in _workloads(args.traces):
-        of_trace = [one for router in args.routers for one in compared(workload, router, size)]
+        listed = controlled if args.controlled else variants
+        of_trace = [one for router in args.routers for one in compared(workload, router, listed(router), size)]
         plans: list[Plan] = [one.plan for one in of_trace]
         if args.report:
             known.update(stored_of(plans, store, addresser))
@@ -153,10 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         every += of_trace
         texts.append(trace_text(workload.trace, size.backends, of_trace, known))
         print(texts[-1], flush=True)
-        (args.out / "tables.txt").write_text("\n".join(texts), encoding="utf-8")
+        tables.write_text("\n".join(texts), encoding="utf-8")
     texts.append(summary_text(every, known))
     print(texts[-1], flush=True)
-    (args.out / "tables.txt").write_text("\n".join(texts), encoding="utf-8")
+    tables.write_text("\n".join(texts), encoding="utf-8")
     return 1 if failed else 0
 
 
@@ -195,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of stored cells and of the tables")
     parser.add_argument("--traces", nargs="+", choices=traces, default=traces)
     parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=list(ROUTERS))
+    parser.add_argument("--controlled", action="store_true", help="engines driven by the live controller")
     parser.add_argument("--backends", type=int, default=6, help="engines of the fleet")
     parser.add_argument("--seeds", type=int, default=4, help="how many; three or more for an interval of use")
     parser.add_argument("--jobs", type=int, default=1, help="processes")

@@ -16,6 +16,7 @@ from simulator.reference import with_fixed_s
 from simulator.scenario import FleetSpec
 from simulator.setup import Setup
 from simulator.workload import IdleEngine
+from tiergate_engine.drive import Rules
 from tiergate_engine.model import EngineConfig, EngineModel
 from tiergate_engine.step import StepTime
 
@@ -75,7 +76,9 @@ def engine_makers(
     """A maker of each backend's engine: called again when it comes back after a crash."""
 
     drive = setup.drive
-    if drive is not None:  # an engine knows its own host time
+    if setup.means is not None:  # it is driven by orders; until they come it is stock
+        drive = Rules() if setup.means.orders else None
+    elif drive is not None:  # an engine knows its own host time
         drive = replace(drive, host_step_s=fleet.host_step_s, host_seq_s=fleet.host_seq_s)
 
     def maker(kind: Kind) -> Callable[[], EngineModel]:

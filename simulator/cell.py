@@ -121,6 +121,7 @@ def _fleet(cell: Cell, kinds: list[Kind], setup: Setup, tiers: TierSet, requests
         faults=spec.faults,
         sample_s=max(cell.requests / cell.rate_rps / SAMPLES, PROGRESS_PERIOD_S),
         time_decisions=True,
+        means=setup.means,
     )
     mean_tokens = requests.mean_output_tokens
     if setup.form is Form.COLOCATED:
@@ -310,6 +311,7 @@ def _outcome(cell: Cell, result: SimResult, window: _Window, left_out: float) ->
         predicted_ttft=score_predictions(ttft_pairs),
         predicted_tpot=score_predictions(tpot_pairs),
         samples=result.samples,
+        control=dict(sorted(result.control.items())),
     )
 
 

@@ -14,6 +14,7 @@ from random import Random
 from types import MappingProxyType
 
 from scheduling.checks import Checks, KvGrowth
+from scheduling.knobs import Means
 from scheduling.options import Options
 from scheduling.policies import Policy, make
 from scheduling.policies.headroom import TPOT_WEIGHT, TTFT_WEIGHT, Headroom
@@ -126,9 +127,27 @@ _DRIVE = (
     KnobInfo("skip_loose", False, "engines: decodes with time to spare leave out a step that others need"),
     KnobInfo("relegate_late", False, "engines: prompts that cannot be on time come after those that can"),
 )
+_CONTROLLED = KnobInfo(
+    "controlled",
+    "off",
+    "the live controller runs, on engines that let themselves be told this and no more (stock: nothing); it alone "
+    "then says how engines are driven, whatever the knobs above say",
+    ("off", "driven", "chunk_budget", "running_cap", "prefill_pacing", "stock"),
+)
+_MEANS: Mapping[str, Means] = MappingProxyType(
+    {
+        "driven": Means(orders=True, chunk_budget=True, running_cap=True),
+        "chunk_budget": Means(chunk_budget=True, running_cap=True),
+        "running_cap": Means(running_cap=True),
+        "prefill_pacing": Means(admission=True),
+        "stock": Means(),
+    }
+)
+"""What is found to work on such an engine live: one whose chunk can be set takes a running cap too."""
 _COLOCATED = (
     _DRIVEN,
     *_DRIVE,
+    _CONTROLLED,
     _CHUNK,
     KnobInfo(
         "chunk_prediction",
@@ -164,12 +183,15 @@ def _setup(values: Values, policy: Callable[[Random], Policy], form: Form = Form
         scan_held=_MOST_SCANNED if queue == "scan" else 1,
         overtaking=queue == "overtake",
         refuses=bool(values["refusal"]),
+        paces_prefill=values.get("controlled") == "prefill_pacing",
     )
+    means = _MEANS.get(str(values.get("controlled")))
     return Setup(
         policy,
         form,
-        driven=bool(values.get("driven", False)),
-        drive=_rules(values),
+        driven=bool(values.get("driven", False)) and means is None,
+        drive=_rules(values) if means is None else None,
+        means=means,
         chunk_tokens=int(values.get("chunk_tokens", 0)) or None,
         lengths=str(values["lengths"]),
         margin=float(values["margin"]),
@@ -249,22 +271,27 @@ def _entries() -> dict[str, _Entry]:
         ),
         "co_chunk": _Entry(
             "the shortest predicted step, on engines with a static token budget that is swept (PolyServe §5)",
-            (replace(_CHUNK, default=512, about="static token budget of a step", least=1), *_DRIVE, *_COMMON),
+            (
+                replace(_CHUNK, default=512, about="static token budget of a step", least=1),
+                *_DRIVE,
+                _CONTROLLED,
+                *_COMMON,
+            ),
             _router("minimal"),
         ),
         "qoserve_silo": _Entry(
             "a silo of backends per tier, sized by demand, least loaded within (QoServe's baseline)",
-            (_DRIVEN, *_DRIVE, _CHUNK, _PERIOD, _MOVES, *_COMMON),
+            (_DRIVEN, *_DRIVE, _CONTROLLED, _CHUNK, _PERIOD, _MOVES, *_COMMON),
             _router("qoserve_silo"),
         ),
     }
     entries["headroom"] = _Entry(
         "the fullest backend whose predictions keep the pace (llm-d)",
-        (*_HEADROOM, *_DRIVE, _CHUNK, *_COMMON),
+        (*_HEADROOM, *_DRIVE, _CONTROLLED, _CHUNK, *_COMMON),
         _headroom,
     )
     for name, about in routers.items():
-        entries[name] = _Entry(about, (_CHUNK, *_DRIVE, *_COMMON), _router(name))
+        entries[name] = _Entry(about, (_CHUNK, *_DRIVE, _CONTROLLED, *_COMMON), _router(name))
         if name in ("random", "minimal"):
             in_two = _router(name, Form.DISAGGREGATED)
             entries[f"{name}_pd"] = _Entry(f"{about}, disaggregated", (_CHUNK, *_COMMON), in_two)

@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from scheduling.tiers import Slo
 from simulator.agenda import Agenda
+from tiergate_engine.control import Mode
 from tiergate_engine.model import Emitted, EngineModel, SequenceSpec
+from tiergate_engine.ordered import Ordered
 
 _Floats = npt.NDArray[np.float64]
 
@@ -80,7 +82,11 @@ class Listener(Protocol):
 
 
 class SimEngine:
-    """One engine. `pace_s` is asked before every step; None leaves the token budget static."""
+    """One engine. `pace_s` is asked before every step; None leaves the token budget static.
+
+    Attributes:
+        ordered: what it was told while it runs, with `takes_orders`; else None.
+    """
 
     def __init__(
         self,
@@ -89,9 +95,12 @@ class SimEngine:
         agenda: Agenda,
         listener: Listener,
         pace_s: Callable[[], float | None] | None = None,
+        *,
+        takes_orders: bool = False,
     ) -> None:
         self.name = name
         self.model = make()
+        self.ordered = Ordered(self.model) if takes_orders else None
         self.streams: dict[str, Stream] = {}
         self.alive = True
         self.slowness = 1.0
@@ -117,6 +126,12 @@ class SimEngine:
     @property
     def preemptions(self) -> int:
         return self.preempted + self.model.preemptions
+
+    @property
+    def hears_promises(self) -> bool:
+        """Whether it keeps what a request that comes now was promised. An engine that takes orders does as long as
+        it is driven; any other one has what it was made with."""
+        return self.ordered is None or self.ordered.holding(self._agenda.now_s).mode is Mode.DRIVEN
 
     def submit(self, spec: SequenceSpec, *, streamed: bool = True) -> None:
         """Queue a sequence, and start stepping if the engine stood still. Raises as `EngineModel.submit`.
@@ -148,6 +163,7 @@ class SimEngine:
         self.streams.clear()
         self.preempted += self.model.preemptions
         self.model = self._make()
+        self.ordered = None if self.ordered is None else Ordered(self.model)
         self._life += 1
         self._stepping = False
         self._whole = self._looked_steps = 0
@@ -158,6 +174,8 @@ class SimEngine:
         model, agenda = self.model, self._agenda
         if self._pace_s is not None:
             model.set_pace(self._pace_s())
+        if self.ordered is not None:
+            self.ordered.before(agenda.now_s)
         preemptions = model.preemptions
         planned = model.next_step(agenda.now_s)
         if model.held_up or model.preemptions != preemptions:

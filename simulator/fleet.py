@@ -8,14 +8,18 @@ load what the fleet's `view_age_s` lets them. True output lengths are known to `
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scheduling import events as ev
 from scheduling.backends import BackendState
 from scheduling.dispatcher import Dispatcher
+from scheduling.knobs import Means
 from scheduling.requests import Request
+from scheduling.tiers import Slo
 from simulator.agenda import Agenda
+from simulator.driving import SimDriving
 from simulator.engines import SimEngine, Stream, StreamTimes
 from simulator.health import Watch
 from simulator.outcome import Sample
@@ -28,6 +32,8 @@ from tiergate_engine.model import EngineModel, SequenceSpec
 
 PROGRESS_PERIOD_S = 0.05
 """How often streams' counters are read, as in the live gateway."""
+
+_NO_SLO = Slo(None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,7 @@ class FleetOptions:
         faults: what happens to which backend, by its place in the order of their names.
         sample_s: how often the gradient is written down; None: never.
         time_decisions: whether the time each decision takes here is measured.
+        means: what the replicas' controllers may set on the engines; None: there are no controllers.
     """
 
     driven: bool = False
@@ -51,6 +58,7 @@ class FleetOptions:
     faults: tuple[Fault, ...] = ()
     sample_s: float | None = None
     time_decisions: bool = False
+    means: Means | None = None
 
 
 class SimFleet:
@@ -78,9 +86,20 @@ class SimFleet:
         ]
         self._owners: dict[str, Replica] = {}  # of leases
         self.engines = {
-            name: SimEngine(name, make, self.agenda, self, self._pace_of(name) if self.options.driven else None)
+            name: SimEngine(
+                name,
+                make,
+                self.agenda,
+                self,
+                self._pace_of(name) if self.options.driven else None,
+                takes_orders=self.options.means is not None,
+            )
             for name, make in sorted(engines.items())
         }
+        means = self.options.means
+        self.driving = [
+            SimDriving(replica, self.engines, self.agenda, means) for replica in self.replicas if means is not None
+        ]
         self._watches: dict[str, Watch] = {}  # of backends that will fail
         self._dealt = 0
         self._unended_measured = 0
@@ -118,6 +137,7 @@ class SimFleet:
             ended_s=now_s,
             samples=tuple(self.samples),
             decision_s=tuple(took for replica in self.replicas for took in replica.decision_s),
+            control=sum((driving.decisions for driving in self.driving), Counter[str]()),
         )
 
     def backend_seconds(self) -> float:
@@ -221,6 +241,8 @@ class SimFleet:
             return False
         request = sim.request
         prompt, slo = request.prompt_tokens, request.slo
+        if not engine.hears_promises:
+            slo, relegated = _NO_SLO, False
         self._owners[lease_id] = replica
         engine.submit(
             SequenceSpec(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scheduling.scoring import PredictionScore
 
@@ -86,6 +86,7 @@ class CellOutcome:
             steps. Summed over all requests that is the engines' time, so it is this over those that finished, of
             the whole run: what was lost on the others, and on those still on board at the end, is in it.
         window_s: from the first to the last measured arrival.
+        control: settings that the controller decided for backends, by rung; none without one.
         left_out: part of the trace's requests whose promise no idle engine keeps, and which were not offered.
     """
 
@@ -105,6 +106,7 @@ class CellOutcome:
     predicted_tpot: PredictionScore
     samples: tuple[Sample, ...]
     timing: Timing | None = None
+    control: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def worst_tier_attainment(self) -> float | None:

@@ -151,7 +151,7 @@ class Replica:
                 self._end(self._requests[request_id], None, RequestEnd.REFUSED, refusal.kind.value)
             # The store is asked to move a backend when all that happens at this instant has been told.
             case ev.Claim():
-                self._agenda.soon(lambda: self._claim(action))
+                self.move(action)
             case ev.HandBack():
                 self._agenda.soon(lambda: self._hand_back(action))
             case ev.Release(lease_id):
@@ -185,6 +185,10 @@ class Replica:
             self.tell(ev.HandedBack(backend, epoch + 1))
         else:
             self.tell(ev.HandBackRefused(backend, ledger.tier, ledger.epoch))
+
+    def move(self, claim: ev.Claim) -> None:
+        """Have a backend work for another tier, if nobody has moved it meanwhile."""
+        self._agenda.soon(lambda: self._claim(claim))
 
     def _claim(self, action: ev.Claim) -> None:
         backend = action.backend

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from scheduling.decisions import Outcome
 from scheduling.scoring import RequestEnd
@@ -70,7 +71,8 @@ class Served:
 class SimResult:
     """What a run gave. Requests stand in the order in which they ended.
 
-    `backend_seconds`: time backends spent in a tier; `busy_s`: time engines spent in steps.
+    `backend_seconds`: time backends spent in a tier; `busy_s`: time engines spent in steps;
+    `control`: settings that the controllers decided, by rung.
     """
 
     served: tuple[Served, ...]
@@ -80,3 +82,4 @@ class SimResult:
     ended_s: float
     samples: tuple[Sample, ...] = ()
     decision_s: tuple[float, ...] = ()
+    control: Mapping[str, int] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from scheduling.knobs import Means
 from scheduling.options import Options
 from scheduling.policies.protocol import Policy
 from scheduling.tiers import TierSet
@@ -35,6 +36,8 @@ class Setup:
         margin: factor on predicted times.
         options: the dispatcher's.
         tiers: the tiers as the policy is to see them.
+        means: what the controller may set on the engines while they run; None: there is no controller, and engines
+            stay as they were started.
     """
 
     policy: Callable[[Random], Policy]
@@ -47,6 +50,7 @@ class Setup:
     margin: float = 1.0
     options: Options = field(default_factory=Options)
     tiers: Callable[[TierSet], TierSet] = _same
+    means: Means | None = None
 
     @property
     def paced(self) -> bool:

@@ -31,14 +31,10 @@ from tiergate_engine.control import (
     StepFact,
     StepFacts,
 )
-from tiergate_engine.drive import Ruled, Rules
 from tiergate_engine.model import EngineModel, PlannedStep
-from tiergate_engine.step import StepTime
-from tiergate_engine.steptime import ScaledStepTime
+from tiergate_engine.ordered import Ordered
 
 _KEPT_STEPS = 4096
-_STOCK = Orders()
-_NO_TIME = 1e-9  # steps that take next to none are never cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,70 +48,48 @@ class Urgency:
 
 
 class EmulatedPlugin:
-    """What has been ordered, and the facts of the steps. Hears of each step from the engine's driver.
+    """What has been ordered, and the facts of the steps. Hears of each step from the engine's driver."""
 
-    `refuses`, a fault on purpose: why it is not driven whatever the orders say.
-    """
-
-    def __init__(self, model: EngineModel, step_time: StepTime) -> None:
+    def __init__(self, model: EngineModel) -> None:
         self.run_id = uuid.uuid4().hex[:8]
-        self.orders = _STOCK
         self.puts = 0
-        self.refuses: str | None = None
         self._model = model
-        self._given_s: float | None = None
+        self._ordered = Ordered(model)
         self._facts: deque[StepFact] = deque(maxlen=_KEPT_STEPS)
         self._steps = 0
-        self._stock = Ruled(
-            Rules(deadline_order=False, skip=False, relegate=False), ScaledStepTime(step_time, _NO_TIME, _NO_TIME)
-        )
-        self._budget_tokens = model.config.max_batched_tokens
-        self._in_force = self.orders
-        model.drive_by(self._stock)
+
+    @property
+    def orders(self) -> Orders:
+        """Given last, whether they hold or not."""
+        return self._ordered.orders
+
+    @property
+    def refuses(self) -> str | None:
+        """A fault on purpose: why it is not driven whatever the orders say."""
+        return self._ordered.refuses
+
+    @refuses.setter
+    def refuses(self, why: str | None) -> None:
+        self._ordered.refuses = why
 
     # --- for the engine --------------------------------------------------------------------------------------
 
     def before(self, now_s: float) -> None:
         """Set the knobs for the next step."""
-        orders = self._holding()
-        if orders is not self._in_force:
-            self._obey(orders)
-        if orders.chunk_tokens is not None:
-            decodes = len(self._model.decode_progress())
-            self._budget_tokens = min(decodes + orders.chunk_tokens, self._model.config.max_batched_tokens)
-            self._model.set_budget(self._budget_tokens)
+        self._ordered.before(_now_s())
 
     def after(self, planned: PlannedStep, seconds: float) -> None:
         """A step ended."""
-        self._facts.append(StepFact(planned.step, seconds, self._budget_tokens, self._model.held_up))
+        self._facts.append(StepFact(planned.step, seconds, self._ordered.budget_tokens, self._model.held_up))
         self._steps += 1
 
     def urgency(self, priority: int, xargs: Mapping[str, object] | None) -> Urgency:
         """What a request was promised, while the engine is driven. Raises ControlError."""
         promise = Promise.from_xargs(xargs)
-        if self._holding().mode is not Mode.DRIVEN or promise.ttft_s is None:
+        if self._ordered.holding(_now_s()).mode is not Mode.DRIVEN or promise.ttft_s is None:
             return Urgency(priority)
         pace_s = math.inf if promise.tpot_s is None else promise.tpot_s
         return Urgency(priority, _now_s() + promise.ttft_s, pace_s, promise.relegated)
-
-    def _holding(self) -> Orders:
-        """The orders that have not lapsed."""
-        lapse_s = self.orders.lapse_s
-        age_s = self._age_s()
-        lapsed = age_s is None or (lapse_s is not None and age_s > lapse_s)
-        refused = self.refuses is not None and self.orders.mode is Mode.DRIVEN
-        return _STOCK if lapsed or refused else self.orders
-
-    def _age_s(self) -> float | None:
-        return None if self._given_s is None else _now_s() - self._given_s
-
-    def _obey(self, orders: Orders) -> None:
-        self._in_force = orders
-        driven = orders.mode is Mode.DRIVEN and orders.profile is not None
-        self._model.drive_by(Ruled(orders.rules, orders.profile) if driven and orders.profile else self._stock)
-        self._model.set_running_cap(orders.running_cap)
-        self._model.set_budget(None)
-        self._budget_tokens = self._model.config.max_batched_tokens
 
     # --- for the gateway -------------------------------------------------------------------------------------
 
@@ -133,30 +107,32 @@ class EmulatedPlugin:
 
     def state(self) -> EngineState:
         """What `GET /v1/tiergate/state` tells."""
-        model, config = self._model, self._model.config
+        model, config, ordered, now_s = self._model, self._model.config, self._ordered, _now_s()
+        age_s = ordered.age_s(now_s)
         return EngineState(
             run_id=self.run_id,
             engine="vllm",
             engine_version=EMULATES_VERSION,
             tested=True,
             scheduler=SchedulerKind.ASYNC if config.async_scheduling else SchedulerKind.SYNC,
-            mode=self._holding().mode,
-            orders_digest=None if self._given_s is None else self.orders.digest,
-            orders_age_s=self._age_s(),
+            mode=ordered.holding(now_s).mode,
+            orders_digest=ordered.digest,
+            orders_age_s=age_s,
             steps=self._steps,
             running=model.running,
             waiting=model.waiting,
             kv_usage=model.kv_used_tokens / model.kv_capacity_tokens,
-            budget_tokens=self._budget_tokens,
+            budget_tokens=ordered.budget_tokens,
             max_batched_tokens=config.max_batched_tokens,
             max_running_seqs=config.max_running_seqs,
-            note=self.refuses,
+            note=ordered.refuses,
         )
 
     def forget(self) -> None:
         """As after a restart: nobody has spoken to it, and its steps count from zero."""
         self.run_id = uuid.uuid4().hex[:8]
-        self.orders, self._given_s, self._steps = _STOCK, None, 0
+        self._ordered.forget()
+        self._steps = 0
         self._facts.clear()
 
     async def _tell_state(self, _: web.Request) -> web.Response:
@@ -164,10 +140,10 @@ class EmulatedPlugin:
 
     async def _take_orders(self, request: web.Request) -> web.Response:
         try:
-            self.orders = Orders.from_json(await request.read())
+            orders = Orders.from_json(await request.read())
         except ControlError as error:
             raise bad_request(str(error)) from error
-        self._given_s = _now_s()
+        self._ordered.give(orders, _now_s())
         self.puts += 1
         return _document(self.state().to_json())
 

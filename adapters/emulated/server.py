@@ -49,7 +49,7 @@ class EmulatedEngine:
         self._generations = Generations(settings, self.driver)
         self.plugin: EmulatedPlugin | None = None
         if settings.plugin:
-            self.plugin = self._generations.plugin = self.driver.watch = EmulatedPlugin(model, step_time)
+            self.plugin = self._generations.plugin = self.driver.watch = EmulatedPlugin(model)
 
     def application(self) -> web.Application:
         """The aiohttp application with vLLM's routes."""
