@@ -246,13 +246,8 @@ class Ledger:
     def _loosen(self) -> None:
         """The tightest pace on board, after somebody left it or lost its promise: the floors name every pace that
         anybody still stands for."""
-        self.tightest_tpot_s = min(
-            [
-                self.foreign_tpot_s,
-                *[tpot_s for tpot_s, _ in self.slack_floor],
-                *[tpot_s for tpot_s, _ in self.queued_slack_floor],
-            ]
-        )
+        paces_s = [tpot_s for tpot_s, _ in self.slack_floor + self.queued_slack_floor]
+        self.tightest_tpot_s = min([self.foreign_tpot_s, *paces_s])
 
     def first_token(self, lease_id: str, now_s: float) -> None:
         resident = self.residents.get(lease_id)
@@ -414,8 +409,9 @@ class Ledger:
 
     @property
     def full_chunk_tokens(self) -> int:
-        """Prompt tokens that a step has room for beside the decodes."""
-        return max((self.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - self.decodes, 1)
+        """Prompt tokens that a step has room for beside the decodes, or the fewer that were set."""
+        room = max((self.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - self.decodes, 1)
+        return min(room, self.backend.chunk_tokens or room)
 
     def chunk_within(self, within_s: float) -> tuple[int, float]:
         """The largest chunk, of a prompt's beginning, that keeps a step with today's decodes within a time (at
@@ -484,15 +480,13 @@ class Ledger:
     def own_load(self) -> LoadVector:
         """What this replica carries here, measured: what it publishes."""
         residents: dict[str, int] = {}
+        reserved = reserved_kv_tokens(self.backend.limits, self.residents.values())
         for resident in self.residents.values():
             tier = resident.cost.tier
             residents[tier] = residents.get(tier, 0) + resident.request.sequences
         return LoadVector(
             self.seqs - self.foreign.decodes,
-            max(
-                self.peak_kv_tokens - self.foreign.peak_kv_tokens,
-                reserved_kv_tokens(self.backend.limits, self.residents.values()),
-            ),
+            max(self.peak_kv_tokens - self.foreign.peak_kv_tokens, reserved),
             self.queued_prefill_tokens - self.foreign.queued_prefill_tokens,
             residents,
             slack=finite(self.slack_floor),

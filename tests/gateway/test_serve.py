@@ -14,6 +14,8 @@ import pytest
 
 from tests.gateway.rig import MODEL, PROFILE, Client, Engine, engine, until, until_told
 
+MIXED_FLEET = Path(__file__).resolve().parents[2] / "deploy" / "mixed_fleet" / "tiergate.yaml"
+
 
 @asynccontextmanager
 async def _serving(
@@ -143,6 +145,7 @@ async def _tier(ask: Client) -> str:
         (["check", "--config", "/nowhere.yaml"], 2, "No such file"),
         (["serve"], 2, "no backend: give --backend"),
         (["serve", "--store", "redis://127.0.0.1:1"], 2, "no backend: the configuration names none"),
+        (["check", "--config", str(MIXED_FLEET)], 0, "tgi-1: http://tgi-1:3000, engine tgi"),
         (["check"], 0, "Request log: standard output."),
         (["check"], 0, "One process; state in memory."),
         (
