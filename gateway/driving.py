@@ -145,7 +145,8 @@ class Driving:
         engine.failures = 0
         if setting.tier is not None:
             self._loosen(member, ledger, setting)
-        self._fleet.keeps(member, driven=driven, most_seqs=setting.concurrency)
+        chunk = setting.chunk_tokens if driven else None
+        self._fleet.keeps(member, driven=driven, most_seqs=setting.concurrency, chunk_tokens=chunk)
 
     # --- what an engine can be told --------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ class Member:
     tells_steps: bool = False  # itself, so that streams need not be asked
     takes_promises: bool = False
     most_seqs: int | None = None  # that the controller lets in
+    chunk_tokens: int | None = None  # that it set
     ahead: ChunksAhead | None = None  # how long prompts are sent ahead to it, unless it is driven
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
@@ -199,10 +200,13 @@ class GatewayFleet:
 
     # --- for driving ---------------------------------------------------------------------------------------
 
-    def keeps(self, member: Member, *, driven: bool, most_seqs: int | None = None) -> None:
+    def keeps(
+        self, member: Member, *, driven: bool, most_seqs: int | None = None, chunk_tokens: int | None = None
+    ) -> None:
         """How a backend is kept to its tier's pace: the core is told when that is new."""
-        if (driven, most_seqs) != (member.driven, member.most_seqs):
-            member.driven, member.most_seqs = driven, most_seqs
+        kept = (driven, most_seqs, chunk_tokens)
+        if kept != (member.driven, member.most_seqs, member.chunk_tokens):
+            member.driven, member.most_seqs, member.chunk_tokens = kept
             if member.published is not None and self._members.get(member.name) is member:
                 self._publish(member)
 
@@ -460,6 +464,7 @@ class GatewayFleet:
             margin=timing.margin,
             calibrated=timing.calibrated,
             dynamic_chunk=member.driven and timing.calibrated,
+            chunk_tokens=member.chunk_tokens,
             pinned=member.settings.pinned,
             ahead_chunk_tokens=member.ahead.chunk_tokens if member.ahead and not member.driven else None,
         )

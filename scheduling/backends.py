@@ -68,6 +68,7 @@ class Backend:
         margin: factor on predicted times, at least 1: 1 + the profile's p90 relative error.
         calibrated: False while its profile is only a prior; nothing is refused for a predicted miss then.
         dynamic_chunk: whether the engine obeys a chunk budget that keeps a step within the tier's pace.
+        chunk_tokens: the most prompt tokens of a step, as it was set; None: all that its limits allow.
         pinned: in its tier for good: never returned to the pool, never relabelled.
         ahead_chunk_tokens: longer prompts are sent ahead in chunks of so many tokens, with a step without any
             behind each; None where prompts come whole.
@@ -81,6 +82,7 @@ class Backend:
     margin: float = 1.0
     calibrated: bool = True
     dynamic_chunk: bool = False
+    chunk_tokens: int | None = field(default=None, kw_only=True)
     pinned: bool = False
     ahead_chunk_tokens: int | None = None
 

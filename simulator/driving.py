@@ -26,6 +26,7 @@ from tiergate_engine.ordered import Ordered
 CARRY_S = 0.01
 """From a decision to the engine that heard it: what is seen of the engine and what it is told go over HTTP, and
 the engine takes it up between two steps."""
+_NOTHING_KEPT = (False, None, None)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +65,7 @@ class SimDriving:
         self._means = means
         self._memories: dict[str, _Memory] = {}
         self._published: dict[str, Backend] = {}  # as it was before anything was decided of it
-        self._kept: dict[str, tuple[bool, int | None]] = {}
+        self._kept: dict[str, tuple[bool, int | None, int | None]] = {}
         self._stopped = False
         self._again()
 
@@ -159,9 +160,10 @@ class SimDriving:
 
     def _keeps(self, name: str, setting: Setting, *, driven: bool) -> None:
         """How a backend is kept to its pace: the core is told when that is new."""
-        kept = (driven, setting.concurrency)
+        chunk = setting.chunk_tokens if driven else None
+        kept = (driven, setting.concurrency, chunk)
         ledger = self._replica.dispatcher.fleet.get(name)
-        if ledger is None or self._kept.get(name, (False, None)) == kept:
+        if ledger is None or self._kept.get(name, _NOTHING_KEPT) == kept:
             return
         self._kept[name] = kept
         backend = ledger.backend
@@ -169,7 +171,8 @@ class SimDriving:
         if setting.concurrency is not None:
             most = min(limits.max_running_seqs or setting.concurrency, setting.concurrency)
             limits = replace(limits, max_running_seqs=most)
-        self._replica.tell(ev.BackendChanged(replace(backend, dynamic_chunk=driven, limits=limits)))
+        backend = replace(backend, dynamic_chunk=driven, limits=limits, chunk_tokens=chunk)
+        self._replica.tell(ev.BackendChanged(backend))
 
 
 def _state_of(engine: SimEngine, ordered: Ordered, now_s: float) -> EngineState:

@@ -21,6 +21,7 @@ from gateway.config import BackendSettings, Settings
 from gateway.fleet import Member
 from gateway.generate import promise_of
 from profiles import load
+from scheduling.backends import Backend
 from scheduling.decisions import Decision, Outcome
 from scheduling.events import Open
 from scheduling.knobs import ControlOptions, Rung, Setting
@@ -63,6 +64,13 @@ class Stand:
     @property
     def control(self) -> tuple[Setting, ...]:
         return self.gateway.driving.controller.decisions("one")
+
+    @property
+    def published(self) -> Backend:
+        """What the core knows of it."""
+        published = self.member.published
+        assert published is not None
+        return published
 
     @property
     def driven(self) -> bool:
@@ -239,6 +247,7 @@ async def test_an_engine_that_does_not_obey_is_set_from_outside(caplog: pytest.L
         assert [one.rung for one in stand.control] == [Rung.DRIVEN, Rung.CHUNK_BUDGET]
         chunk = stand.plugin.orders.chunk_tokens
         assert chunk is not None
+        await until(lambda: stand.published.chunk_tokens == chunk)
         await stand.complete(4_000, x_slo_tier="batch")
         told = stand.plugin.facts()
         assert sum(fact.step.prefill_tokens for fact in told) == 4_000

@@ -346,3 +346,19 @@ def test_a_short_prompt_costs_no_exchange() -> None:
     plain = Ledger(replace(twin.backend, ahead_chunk_tokens=None))
     sent, whole = (walk_prefill(ledger, asked, 0.0, math.inf) for ledger in (twin.ledger, plain))
     assert (sent.wait_s, sent.total_s, sent.steps) == (whole.wait_s, whole.total_s, 1)
+
+
+def test_a_chunk_that_was_set_is_the_chunk_of_a_prediction() -> None:
+    """Whatever the pace would allow: an idle engine whose prompts come in chunks of 64 is one of that budget."""
+    pace_s, asked = 0.5, request("new", prompt_tokens=640, slo=LOOSE)
+    limits = EngineLimits(256, 2048, 400_000, 40_000)
+    own, chunked, small = (
+        walk_prefill(Ledger(Backend("a", PROFILE.step_time, dynamic_chunk=True, **told)), asked, 0.0, pace_s)
+        for told in (
+            {"limits": limits},
+            {"limits": limits, "chunk_tokens": 64},
+            {"limits": replace(limits, max_batched_tokens=64)},
+        )
+    )
+    assert chunked == small
+    assert chunked.service_s > 1.5 * own.service_s

@@ -140,6 +140,16 @@ def test_an_engine_that_was_started_anew_is_told_again() -> None:
     assert sim.dispatcher.fleet["e1"].backend.dynamic_chunk
 
 
+def test_placements_count_on_the_chunk_that_is_set() -> None:
+    """A chunk that was lowered is raised late: prompts taken to come in the chunk of the pace would be late."""
+    busy = replace(
+        cell("polyserve_co", 90.0, 1, controlled="chunk_budget"), warmup_requests=700, measured_requests=900
+    )
+    outcome = run_cell(busy)
+    assert outcome.overall.refused > 50, "there is more than the fleet can do"
+    assert outcome.overall.finished - outcome.overall.attained <= 0.02 * outcome.overall.finished
+
+
 @pytest.mark.parametrize("name", ["polyserve_co", "minimal"])
 def test_a_controller_that_can_set_nothing_changes_nothing(name: str) -> None:
     knobs = {"driven": False} if name == "polyserve_co" else {}
