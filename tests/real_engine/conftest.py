@@ -15,11 +15,12 @@ import pytest
 
 from adapters import registry
 from adapters.vllm import VllmAdapter
-from deploy.server_process import free_port
+from deploy.server_process import ServerProcess, free_port
 from deploy.vllm_cpu import server as engines
 from tests.conftest import StartServer
 
 HERE = Path(__file__).resolve().parent
+WHILE_IT_STARTS = {"test_vllm_schedulers.py", "test_transformers.py"}  # they need another program, and no quiet
 START_TIMEOUT_S = 600.0  # the first test pays for the installation and the engine's start
 
 
@@ -29,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in here:
         item.add_marker(pytest.mark.real_engine)
         item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+    here.sort(key=lambda item: item.path.name not in WHILE_IT_STARTS)
     items[:] = [item for item in items if not item.path.is_relative_to(HERE)] + here
 
 
@@ -61,7 +63,32 @@ def engine_files() -> EngineFiles:
 
 
 @pytest.fixture(scope="session")
-def vllm(engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
+def starting(
+    engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess | None]:
+    """The engine of `vllm`, launched and not waited for: its start is most of what these tests take. None where
+    there is one that runs already."""
+    if os.environ.get("REAL_VLLM_URL"):
+        yield None
+        return
+    server = engines.vllm_server(
+        engine_files.programs,
+        engine_files.model,
+        free_port(),
+        tmp_path_factory.mktemp("vllm") / "vllm.log",
+        extra=("--enable-prefix-caching",),
+        development=True,
+        driven=True,
+    )
+    try:
+        server.launch()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def vllm(engine_files: EngineFiles, starting: ServerProcess | None) -> RealEngine:
     """A real vLLM: stock but for the plug-in that keeps it from starving its neighbours, and for Tiergate's
     scheduler, which fills steps as vLLM's does until somebody gives orders. It caches prefixes, in blocks of 128
     tokens, so a test that repeats a longer prompt gives it a `cache_salt` where that matters.
@@ -69,16 +96,12 @@ def vllm(engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory) ->
     While tests are being written, REAL_VLLM_URL names one that runs already, so that each try does not wait
     for another: `python deploy/vllm_cpu/server.py --development --driven --caching --port 8100`.
     """
-    if running := os.environ.get("REAL_VLLM_URL"):
-        yield RealEngine(running, engines.MODEL_NAME, engines.ROOT / ".engine" / "vllm.log", engine_files)
-        return
-    port = free_port()
-    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    caching = ("--enable-prefix-caching",)
-    with engines.vllm_server(
-        engine_files.programs, engine_files.model, port, log, extra=caching, development=True, driven=True
-    ):
-        yield RealEngine(f"http://127.0.0.1:{port}", engines.MODEL_NAME, log, engine_files)
+    if starting is None:
+        running = os.environ["REAL_VLLM_URL"]
+        return RealEngine(running, engines.MODEL_NAME, engines.ROOT / ".engine" / "vllm.log", engine_files)
+    starting.wait_ready()
+    url = starting.ready_url.removesuffix("/health")
+    return RealEngine(url, engines.MODEL_NAME, starting.log_path, engine_files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from tests.conftest import StartServer
 from tests.real_engine.conftest import RealEngine, RealGateway
 
 LONGEST_S = 240.0
+_QUICK = ("--max-seconds", "30", "--max-seqs", "16")  # enough for a fit; its figures are printed, never asserted
 
 
 def _run(command: list[str], folder: Path) -> str:
@@ -117,7 +118,8 @@ def test_a_measured_profile_serves_mixed_tiers(
 ) -> None:
     file = tmp_path / "measured.json"
     measured = _run(
-        [*tiergate_command, "profile", "--url", vllm.url, "--max-seconds", "60", "--out", str(file)], tmp_path
+        [*tiergate_command, "profile", "--url", vllm.url, *_QUICK, "--out", str(file)],
+        tmp_path,
     )
     profile = load(file)
     assert profile.step_time.decode_seconds(1, 100) > 0

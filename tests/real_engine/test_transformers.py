@@ -19,7 +19,10 @@ CHAT: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "co
 
 
 @pytest.fixture(scope="module")
-def transformers(engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealEngine]:
+def transformers(
+    engine_files: EngineFiles, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[RealEngine]:
+    request.getfixturevalue("starting")  # the other tests' engine starts meanwhile
     port = free_port()
     folder = tmp_path_factory.mktemp("transformers")
     log = folder / "transformers.log"

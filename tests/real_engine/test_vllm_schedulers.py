@@ -36,8 +36,9 @@ LONGEST_S = 300
 
 
 @pytest.fixture(scope="module")
-def results(engine_files: EngineFiles) -> dict[str, str | None]:
+def results(engine_files: EngineFiles, request: pytest.FixtureRequest) -> dict[str, str | None]:
     """What went wrong in each check; None where nothing did."""
+    request.getfixturevalue("starting")  # the other tests' engine starts meanwhile
     done = subprocess.run(
         [str(engine_files.programs / "python"), "-m", "tests.tiergate_engine.vllm.checks"],
         cwd=engines.ROOT,
