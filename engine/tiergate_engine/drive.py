@@ -369,7 +369,9 @@ def _within_s(slacks_s: Sequence[float], paces_s: Sequence[float], decode_s: flo
         if least_s >= decode_s:
             return least_s
         if rules.late_binds:
-            bounds_s = [slack if slack >= decode_s else pace for slack, pace in zip(slacks_s, paces_s, strict=True)]
+            bounds_s = [
+                slack if slack >= decode_s else pace for slack, pace in zip(slacks_s, paces_s, strict=True)
+            ]
         else:
             bounds_s = slacks_s
     # A pace that no step of these decodes keeps is lost; to stop the prompts for it would help nobody.
