@@ -108,7 +108,9 @@ class Capabilities:
     let in, and when they are made it is queued again, behind all that wait; None when KV grows as it is needed.
     ``max_prompt_tokens``: the longest prompt, where that is less than ``max_model_tokens`` says. ``lingers``: a
     sequence goes on for a while after its client left, so it has to be aborted by its id as well. ``engines``:
-    data-parallel ones behind the endpoint, each with a cache of its own.
+    data-parallel ones behind the endpoint, each with a cache of its own. ``prefill_interval``: chunks of prompts
+    have steps of their own, with so many steps of decodes between two of them, as it was started; None when they
+    share steps with decodes.
     """
 
     engine: str  # "vllm", "sglang", "tgi", "openai"
@@ -136,6 +138,13 @@ class Capabilities:
     lingers: bool = False
     prefix_caching: Support = Support.UNKNOWN
     engines: int | None = None
+    prefill_interval: int | None = None
+
+    def interval_with(self, chunk_tokens: int | None) -> int | None:
+        """`prefill_interval` under a chunk budget, with which a step of decodes at least is behind each."""
+        if self.prefill_interval is None or chunk_tokens is None:
+            return self.prefill_interval
+        return max(self.prefill_interval, 1)
 
 
 @dataclass(frozen=True, slots=True)

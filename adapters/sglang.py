@@ -147,6 +147,7 @@ class SglangAdapter(MonitoredAdapter):
             load=_support(loads is not None or bool(await self._try_samples(_METRICS))),
             tokens_per_event=None,
             lingers=True,
+            prefill_interval=None if info.mixed else info.launched_interval,
         )
 
     async def healthy(self) -> bool:

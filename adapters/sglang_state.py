@@ -47,7 +47,8 @@ class ServerInfo:
         cap_name: under which name the running cap is set; None when the server has none.
         cap: the running cap in force, for each micro-batch of each rank.
         chunk: what the plug-in takes; None without the plug-in.
-        mixed: whether chunks run in one step with decodes, as the plug-in tells.
+        mixed: whether chunks run in one step with decodes, as the plug-in tells, else as it was started.
+        launched_interval: steps of decodes behind each chunk that it was started with, where these are not mixed.
         interval: steps of decodes behind each chunk that it was started with; None when that cannot be set.
         schedules_by_priority: whether a request's priority decides anything.
         low_values_first: whether smaller priorities come first.
@@ -62,6 +63,7 @@ class ServerInfo:
     cap: int | None
     chunk: ChunkRange | None
     mixed: bool
+    launched_interval: int
     interval: int | None
     prefill_tokens: int | None
     kv_tokens: int | None
@@ -87,7 +89,7 @@ class ServerInfo:
         told = [capacity for capacity in capacities if capacity is not None]
         by_priority = info.get("enable_priority_scheduling")
         apart = positive_int(info.get("priority_scheduling_preemption_threshold")) or 0
-        version = info.get("version")
+        version, interval = info.get("version"), _interval(states)
         return cls(
             version=version if isinstance(version, str) else None,
             ranks=ranks,
@@ -96,8 +98,9 @@ class ServerInfo:
             cap_name=cap_name,
             cap=positive_int(first.get(cap_name)) if cap_name else None,
             chunk=_chunk_range(states),
-            mixed=bool(states) and all(_plugin(state).get("mixed") is True for state in states),
-            interval=_interval(states),
+            mixed=_mixed(info, states),
+            launched_interval=interval or positive_int(info.get("prefill_decode_interval")) or 0,
+            interval=interval,
             prefill_tokens=positive_int(info.get("chunked_prefill_size"))
             or positive_int(info.get("max_prefill_tokens")),
             kv_tokens=sum(told) if len(told) == len(capacities) else None,
@@ -274,6 +277,14 @@ def _capacity(state: Mapping[str, object]) -> int | None:
 def _plugin(state: Mapping[str, object]) -> Mapping[str, object]:
     told = state.get(PLUGIN_STATE)
     return told if isinstance(told, dict) else {}
+
+
+def _mixed(info: Mapping[str, object], states: Sequence[Mapping[str, object]]) -> bool:
+    """As every rank's plug-in tells; where there is none, as the server was started."""
+    told = [_plugin(state).get("mixed") for state in states]
+    if told and all(isinstance(one, bool) for one in told):
+        return all(told)
+    return info.get("enable_mixed_chunk") is True
 
 
 def _interval(states: Sequence[Mapping[str, object]]) -> int | None:

@@ -178,8 +178,7 @@ class Driving:
             chunk_budget=has(capabilities.chunk_budget, Rung.CHUNK_BUDGET),
             running_cap=has(capabilities.running_cap, Rung.RUNNING_CAP),
             admission=self._dispatcher.options.paces_prefill,
-            # SGLang gives prompts steps of their own unless it was started to mix them
-            chunk_alone=capabilities.engine == "sglang",
+            chunk_alone=capabilities.prefill_interval is not None,
         )
 
     def _is_barred(self, engine: _Engine, what: str) -> bool:

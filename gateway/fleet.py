@@ -465,6 +465,7 @@ class GatewayFleet:
             calibrated=timing.calibrated,
             dynamic_chunk=member.driven and timing.calibrated,
             chunk_tokens=member.chunk_tokens,
+            prefill_interval=capabilities.interval_with(member.chunk_tokens),
             pinned=member.settings.pinned,
             ahead_chunk_tokens=member.ahead.chunk_tokens if member.ahead and not member.driven else None,
         )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from tiergate_engine.step import StepTime
+from tiergate_engine.step import Step, StepTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,9 @@ class Backend:
         pinned: in its tier for good: never returned to the pool, never relabelled.
         ahead_chunk_tokens: longer prompts are sent ahead in chunks of so many tokens, with a step without any
             behind each; None where prompts come whole.
+        prefill_interval: chunks have steps of their own, in which no decode gets a token, and so many steps of
+            decodes lie between two of them: with 0, decodes wait for the whole queue (SGLang without mixed
+            chunks). None: chunks share their steps with decodes.
     """
 
     name: str
@@ -85,6 +88,27 @@ class Backend:
     chunk_tokens: int | None = field(default=None, kw_only=True)
     pinned: bool = False
     ahead_chunk_tokens: int | None = None
+    prefill_interval: int | None = field(default=None, kw_only=True)
 
     def serves(self, model: str) -> bool:
         return not self.models or model in self.models
+
+    def between_chunks_s(self, decodes: int, kv_tokens: int) -> float:
+        """What steps of decodes take between two chunks; 0.0 where chunks share steps with them."""
+        if not self.prefill_interval or not decodes:
+            return 0.0
+        return self.prefill_interval * self.step_time.decode_seconds(decodes, kv_tokens)
+
+    def chunk_step_s(self, chunk: int, decodes: int, kv_tokens: int) -> float:
+        """The least time from one chunk to the next, beside these decodes."""
+        if self.prefill_interval is None:
+            return self.step_time.seconds_of(chunk, 1, 0, 0.0, decodes, kv_tokens)
+        alone_s = self.step_time.seconds_of(chunk, 1, 0, 0.0, 0, 0.0)
+        return alone_s + self.between_chunks_s(decodes, kv_tokens)
+
+    def chunk_within(self, decodes: Step, within_s: float, most: int) -> int:
+        """The largest chunk of a prompt's beginning, up to `most`, with which decodes get a token in time."""
+        if self.prefill_interval is None:
+            return self.step_time.chunk_tokens(decodes, within_s, 0, most)
+        left_s = within_s - self.step_time.seconds(decodes) if decodes.decode_seqs else within_s
+        return self.step_time.chunk_tokens(Step(), left_s, 0, most) if left_s > 0.0 else 0

@@ -145,11 +145,14 @@ class Controller:
 
 def chunk_budget(ledger: Ledger, pace_s: float, options: ControlOptions, *, alone: bool = False) -> float:
     """The most prompt tokens beside today's decodes with which a step, with its margin, keeps a pace: on a coarse
-    grid, and at least the floor. Infinite where the engine's own budget keeps it."""
+    grid, and at least the floor. Infinite where the engine's own budget keeps it. `alone`: chunks have steps of
+    their own; the engine's own budget is named then, because only with one set does a step of decodes lie between
+    two of them."""
     backend = ledger.backend
     decodes = max(ledger.decodes, 1)  # an engine without any is soon to have some
     base = Step.decode(decodes, max(ledger.decode_kv_tokens, 1))
-    limit = max((backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - decodes, 1)
+    budget = backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS
+    limit = budget if alone else max(budget - decodes, 1)
     within_s = pace_s / backend.margin
     if within_s == math.inf:
         return math.inf
@@ -158,7 +161,9 @@ def chunk_budget(ledger: Ledger, pace_s: float, options: ControlOptions, *, alon
         base = Step()
     context = longest_queued(ledger)
     tokens = backend.step_time.chunk_tokens(base, within_s, context, limit) if within_s > 0.0 else 0
-    return math.inf if tokens >= limit else max(_on_grid(tokens, options.floor_tokens), options.floor_tokens)
+    if tokens >= limit:
+        return limit if alone else math.inf
+    return max(_on_grid(tokens, options.floor_tokens), options.floor_tokens)
 
 
 def longest_queued(ledger: Ledger) -> int:

@@ -161,10 +161,15 @@ def residents_keep_pace(ledger: Ledger, prefill: Prefill) -> bool:
     Each of those steps gives every resident one token, due one pace after the other, behind the slack it has
     banked (DSLO). Lateness after j steps is convex in j, so its ends decide. A resident whose own prompt is
     ahead meets only the steps behind it. `SLACK_RESERVE` of a pace stays unspent, for what no model foresees.
+
+    Where chunks have steps of their own, residents get their tokens in steps of decodes between them, and one in
+    the step behind the last.
     """
     margin = ledger.backend.margin
-    first_s = prefill.wait_s + prefill.first_step_s * margin
-    all_s = prefill.wait_s + prefill.total_s * margin
+    behind_s = _behind_s(ledger, prefill)
+    begin_s = prefill.held_s + prefill.wait_s
+    first_s = begin_s + (prefill.first_step_s + behind_s) * margin
+    all_s = begin_s + (prefill.total_s + behind_s) * margin
     steps = prefill.steps
     for tpot_s, slack_s in ledger.slack_floor + ledger.foreign.slack:
         left_s = slack_s - SLACK_RESERVE * tpot_s
@@ -172,11 +177,16 @@ def residents_keep_pace(ledger: Ledger, prefill: Prefill) -> bool:
             return False
     queued = ledger.queued_slack_floor + ledger.foreign.queued_slack
     if queued:
-        own_s = prefill.own_s * margin
+        own_s = (prefill.own_s + behind_s) * margin
         for tpot_s, slack_s in queued:
             if own_s > slack_s + (prefill.own_steps - SLACK_RESERVE) * tpot_s:
                 return False
     return True
+
+
+def _behind_s(ledger: Ledger, prefill: Prefill) -> float:
+    """The step of decodes behind a chunk that brings residents their token, where no chunk's own step does."""
+    return 0.0 if ledger.backend.prefill_interval is None else prefill.next_step_s
 
 
 def slack_room_tokens(ledger: Ledger, prefill: Prefill) -> int:
@@ -184,35 +194,59 @@ def slack_room_tokens(ledger: Ledger, prefill: Prefill) -> int:
     resident's token late after all (`residents_keep_pace`); at least 0.
 
     Within one step they only lengthen it. Beyond it every chunk of them is one more step, which gives each
-    resident one token and one pace of time. The step in flight may carry one too.
+    resident one token and one pace of time; as many as there are steps of decodes behind each, where chunks have
+    steps of their own. The step in flight may carry one too.
     """
-    margin = ledger.backend.margin
-    chunk = ledger.full_chunk_tokens
-    whole_s = ledger.chunk_step_s * margin
-    each_s = max(whole_s - ledger.decode_step_s * margin, 1e-9) / chunk
-    wait_s, first_s = max(prefill.wait_s, whole_s), prefill.first_step_s * margin
-    all_s = wait_s + prefill.total_s * margin
+    cost = _ChunksCost.of(ledger)
+    margin, whole_s = ledger.backend.margin, cost.whole_s
+    behind_s = _behind_s(ledger, prefill)
+    wait_s, first_s = max(prefill.wait_s, whole_s), (prefill.first_step_s + behind_s) * margin
+    wait_s += prefill.held_s
+    all_s = wait_s + (prefill.total_s + behind_s) * margin
     least = _MANY_TOKENS
     for tpot_s, slack_s in ledger.slack_floor + ledger.foreign.slack:
         left_s = slack_s - SLACK_RESERVE * tpot_s
         first_left_s = left_s + tpot_s - wait_s - first_s
         if first_left_s < whole_s - first_s:
-            least = min(least, first_left_s / each_s)
-        least = min(least, _tokens_within(left_s + prefill.steps * tpot_s - all_s, tpot_s, whole_s, each_s, chunk))
-    own_s = prefill.own_s * margin
+            least = min(least, (first_left_s - cost.begin_s) / cost.each_s)
+        least = min(least, cost.tokens_within(left_s + prefill.steps * tpot_s - all_s, tpot_s))
+    own_s = (prefill.own_s + behind_s) * margin
     for tpot_s, slack_s in ledger.queued_slack_floor + ledger.foreign.queued_slack:
         left_s = slack_s + (prefill.own_steps - SLACK_RESERVE) * tpot_s - own_s
-        least = min(least, _tokens_within(left_s, tpot_s, whole_s, each_s, chunk))
+        least = min(least, cost.tokens_within(left_s, tpot_s))
     return max(int(least), 0)
 
 
-def _tokens_within(left_s: float, tpot_s: float, whole_s: float, each_s: float, chunk: int) -> float:
-    """The prompt tokens that steps may carry in addition until whoever has `left_s` left is late."""
-    if left_s == math.inf or (whole_s <= tpot_s and left_s >= chunk * each_s):
-        return _MANY_TOKENS
-    steps = int(left_s / (whole_s - tpot_s)) if whole_s > tpot_s else 0
-    left_s -= steps * (whole_s - tpot_s)
-    return steps * chunk + min(left_s / each_s, chunk)
+@dataclass(frozen=True, slots=True)
+class _ChunksCost:
+    """What more prompt tokens cost a resident: a whole chunk `whole_s`, which brings it `paces` tokens; part of
+    one at most `begin_s` and `each_s` a token."""
+
+    chunk: int
+    whole_s: float
+    begin_s: float
+    each_s: float
+    paces: int
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> _ChunksCost:
+        backend, chunk = ledger.backend, ledger.full_chunk_tokens
+        whole_s = ledger.chunk_step_s * backend.margin
+        if backend.prefill_interval is None:
+            each_s = max(whole_s - ledger.decode_step_s * backend.margin, 1e-9) / chunk
+            return cls(chunk, whole_s, 0.0, each_s, 1)
+        # what is left over may need a chunk more, and that its decodes
+        one_s = backend.chunk_step_s(1, ledger.decodes, ledger.decode_kv_tokens) * backend.margin
+        return cls(chunk, whole_s, one_s, max(whole_s - one_s, 1e-9) / chunk, backend.prefill_interval)
+
+    def tokens_within(self, left_s: float, tpot_s: float) -> float:
+        """The prompt tokens that steps may carry in addition until whoever has `left_s` left is late."""
+        gained_s = self.paces * tpot_s
+        if left_s == math.inf or (self.whole_s <= gained_s and left_s >= self.begin_s + self.chunk * self.each_s):
+            return _MANY_TOKENS
+        steps = int(left_s / (self.whole_s - gained_s)) if self.whole_s > gained_s else 0
+        left_s -= steps * (self.whole_s - gained_s)
+        return steps * self.chunk + min((left_s - self.begin_s) / self.each_s, self.chunk)
 
 
 def limits_for(ledger: Ledger, ask: Ask, judged: Judgement, *, resident_slack: bool) -> Limits:
@@ -239,7 +273,8 @@ def limits_for(ledger: Ledger, ask: Ask, judged: Judgement, *, resident_slack: b
     prefill_room = chunk
     if prefill is not None and math.isfinite(ask.ttft_due_s) and judged.ttft_s is not None:
         left_s = max(ask.ttft_due_s - request.arrival_s - judged.ttft_s, 0.0)
-        prefill_room = int(left_s / max(prefill.first_step_s, 1e-6)) * chunk
+        between_s = ledger.backend.between_chunks_s(ledger.decodes, ledger.decode_kv_tokens)
+        prefill_room = int(left_s / max(prefill.first_step_s + between_s, 1e-6)) * chunk
     if prefill is not None and resident_slack and not ledger.backend.dynamic_chunk:
         prefill_room = min(prefill_room, slack_room_tokens(ledger, prefill))
     return Limits(base_decodes + more * seqs, base_kv + more * kv_each, base_prefill + prefill_room)

@@ -393,10 +393,10 @@ class Ledger:
 
     @property
     def chunk_step_s(self) -> float:
-        """The least that a step with a full chunk beside them takes."""
+        """The least time from one full chunk to the next, with these decodes."""
         if self._chunk_step_s < 0.0:
-            self._chunk_step_s = self.backend.step_time.seconds_of(
-                self.full_chunk_tokens, 1, 0, 0.0, self.decodes, self.decode_kv_tokens
+            self._chunk_step_s = self.backend.chunk_step_s(
+                self.full_chunk_tokens, self.decodes, self.decode_kv_tokens
             )
         return self._chunk_step_s
 
@@ -409,8 +409,9 @@ class Ledger:
 
     @property
     def full_chunk_tokens(self) -> int:
-        """Prompt tokens that a step has room for beside the decodes, or the fewer that were set."""
-        room = max((self.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - self.decodes, 1)
+        """Prompt tokens that a step has room for, beside decodes that share it, or the fewer that were set."""
+        decodes = self.decodes if self.backend.prefill_interval is None else 0
+        room = max((self.backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - decodes, 1)
         return min(room, self.backend.chunk_tokens or room)
 
     def chunk_within(self, within_s: float) -> tuple[int, float]:
@@ -436,7 +437,7 @@ class Ledger:
         if within_s == math.inf:
             return math.inf
         decodes = Step.decode(self.decodes, self.decode_kv_tokens)
-        room = backend.step_time.chunk_tokens(decodes, within_s / backend.margin, 0, most)
+        room = backend.chunk_within(decodes, within_s / backend.margin, most)
         return room if room < most else math.inf
 
     def _read_growth(self) -> None:

@@ -10,8 +10,9 @@ on average, with T_d the time of a step of decodes only. A chunk in a step with 
 has ``C - B`` tokens, C the budget and B the decodes, and ``extra_s = T_mix - T_d``. Where a chunk has a step of
 its own (SGLang without mixed chunks), it has C tokens and `extra_s` is all of that step.
 
-This bounds the mean over many tokens, not each gap: a chunk is as long as the budget makes it. For a bound on gaps
-the budget itself has to be small enough.
+This bounds the mean over many tokens, not each gap: a chunk is as long as the budget makes it. Gaps are bounded by
+what is in prefill at once (`tokens_at_once`), because a chunk is no longer than the prompts there are; but one
+prompt that is longer is cut by the budget only, and for a bound on its gaps the budget has to be small enough.
 """
 
 from __future__ import annotations
@@ -79,6 +80,26 @@ class ChunkCost:
             return math.inf
         left = 1.0 - chunks * self.extra_s
         return self.decode_step_s / left if left > 0.0 else math.inf
+
+
+def tokens_at_once(
+    step_time: StepTime, decodes: Step, budget_tokens: int, tpot_s: float, *, alone: bool = False
+) -> float:
+    """Most prompt tokens that may be in prefill at once, so that a step with all of them keeps `tpot_s`.
+
+    With steps of their own (`alone`) they and the decodes' step behind them keep it. 0 where the decodes alone are
+    slower; infinite where a whole chunk keeps it, which then any number of prompts may make up.
+    """
+    decode_s = step_time.seconds(decodes) if decodes.decode_seqs else 0.0
+    if tpot_s == math.inf:
+        return math.inf
+    if decode_s >= tpot_s:
+        return 0
+    if alone:
+        return step_time.chunk_tokens(Step(), tpot_s - decode_s, 0, max(budget_tokens, 1))
+    most = max(budget_tokens - decodes.decode_seqs, 1)
+    tokens = step_time.chunk_tokens(decodes, tpot_s, 0, most)
+    return math.inf if tokens >= most else tokens
 
 
 class PrefillBucket:

@@ -31,9 +31,11 @@ class Prefill:
     ``wait_s``: until the step in flight ends; ``first_step_s`` and ``total_s``: the longest and all steps that
     carry prompt chunks, up to the newcomer's own last; ``steps``: how many; ``own_s`` and ``own_steps``: those of
     them behind the last prompt that is ahead; ``next_step_s``: the decode step after them, which brings its
-    second token. Where chunks are smaller than the engine's budget also ``least_chunk_tokens``, the smallest full
-    one on the way, and of a driven engine ``tokens``, all that have to be computed up to the newcomer's first
-    token; else 0.
+    second token; ``held_s``: for how long prompts have kept decodes from their tokens. Where chunks have steps of
+    their own, the sums have the steps of decodes between them, and ``steps`` and ``own_steps`` count the tokens of
+    decodes, with the one behind the last chunk. Where chunks are smaller than the engine's budget also
+    ``least_chunk_tokens``, the smallest full one on the way, and of a driven engine ``tokens``, all that have to
+    be computed up to the newcomer's first token; else 0.
     """
 
     wait_s: float
@@ -45,6 +47,7 @@ class Prefill:
     next_step_s: float
     tokens: int = 0
     least_chunk_tokens: int = 0
+    held_s: float = 0.0
 
     @property
     def service_s(self) -> float:
@@ -64,10 +67,13 @@ def expected_tpot_s(ledger: Ledger, steady_s: float, now_s: float, pace_s: float
 
     With m chunk-bearing steps a second that take t_mix instead of t, time per output token is
     t / (1 - m (t_mix - t)). Prompts are expected to keep coming as they did lately. `pace_s` sets the chunk of an
-    engine that is driven.
+    engine that is driven. Where chunks have steps of their own, each of these takes all of its time from decodes.
     """
     backend = ledger.backend
-    if backend.dynamic_chunk and pace_s < math.inf:
+    if backend.prefill_interval is not None:
+        chunk = ledger.full_chunk_tokens
+        mixed_s = steady_s + backend.step_time.seconds_of(chunk, 1, 0, chunk * chunk / 2, 0, 0.0)
+    elif backend.dynamic_chunk and pace_s < math.inf:
         chunk, mixed_s = ledger.chunk_within(pace_s / backend.margin)
     else:
         chunk = max((backend.limits.max_batched_tokens or DEFAULT_CHUNK_TOKENS) - ledger.seqs, 1)
@@ -91,21 +97,25 @@ def first_token_floor_s(ledger: Ledger, prompt_tokens: int, now_s: float, within
     and the last takes no less than the decodes alone; what is queued ahead has lost at most a chunk for every
     step that can have ended since its head began. Where others queued too, ours may all be done (`_left_of_all`).
     """
-    if within_s < math.inf:
+    shared = ledger.backend.prefill_interval is None
+    if within_s < math.inf and shared:
         chunk, chunk_s = ledger.chunk_within(within_s)
     else:
         chunk, chunk_s = ledger.full_chunk_tokens, ledger.chunk_step_s
     queued, foreign = ledger.queued_prefill_tokens, ledger.foreign.queued_prefill_tokens
-    if queued and ledger.decode_step_s > 0.0:
+    least_s = ledger.decode_step_s if shared else min(ledger.decode_step_s, ledger.alone_s)
+    if queued and least_s > 0.0:
         begun_s = ledger.foreign_since_s + TOLD_WITHIN_S if foreign else ledger.prefill_since_s
-        steps = int(max(now_s - begun_s, 0.0) / ledger.decode_step_s) + (2 if foreign else 1)
+        steps = int(max(now_s - begun_s, 0.0) / least_s) + (2 if foreign else 1)
         prompt_tokens += max((foreign or queued) - steps * chunk, 0)
-    return (prompt_tokens - 1) // chunk * chunk_s + ledger.decode_step_s
+    return (prompt_tokens - 1) // chunk * chunk_s + least_s
 
 
 def walk_prefill(ledger: Ledger, request: Request, now_s: float, pace_s: float) -> Prefill:
     """Walk the steps until the newcomer's first token. `pace_s` sets the chunk of an engine that is driven."""
     backend = ledger.backend
+    if backend.prefill_interval is not None:
+        return _walk_apart(ledger, request, now_s, backend.prefill_interval)
     if backend.dynamic_chunk and pace_s < math.inf:
         return _walk_driven(ledger, request, now_s, pace_s / backend.margin)
     if backend.ahead_chunk_tokens is not None:
@@ -149,16 +159,38 @@ def _walk_ahead(ledger: Ledger, request: Request, now_s: float) -> Prefill:
     return walked
 
 
+def _walk_apart(ledger: Ledger, request: Request, now_s: float, interval: int) -> Prefill:
+    """The same where chunks have steps of their own, `interval` steps of decodes between two of them.
+
+    With none between, decodes get one token on the way, behind the last chunk.
+    """
+    decodes = ledger.decodes + ledger.queued // 2  # those ahead begin to decode on the way
+    gap_s = ledger.backend.between_chunks_s(decodes, ledger.decode_kv_tokens)
+    walked = _walk(ledger, request, now_s, ledger.full_chunk_tokens, gap_s)
+    between, own_between = walked.steps - 1, max(walked.own_steps - 1.0, 0.0)
+    walked.total_s += between * gap_s
+    walked.own_s += own_between * gap_s
+    walked.steps = between * interval + 1
+    walked.own_steps = own_between * interval + 1.0
+    if not interval and ledger.queued:
+        seen_s = [one.seen_s for one in ledger.residents.values() if one.generated_tokens > 1]
+        walked.held_s = now_s - max(seen_s, default=now_s)
+    elif not ledger.queued:
+        owed_s = ledger.prefill_since_s + gap_s - now_s  # by the last chunk
+        walked.wait_s = max(walked.wait_s, owed_s)
+    return walked
+
+
 def _walk(ledger: Ledger, request: Request, now_s: float, chunk: int, gap_s: float) -> Prefill:
     """Steps with chunks of so many tokens. `gap_s` lies between two of them; it counts for those ahead only."""
     backend = ledger.backend
     seconds_of = backend.step_time.seconds_of
-    decodes = ledger.decodes
-    kv_tokens = ledger.decode_kv_tokens
+    decodes, kv_tokens = _beside(ledger)
+    shared = backend.prefill_interval is None
     cached = request.cached_tokens
     own = own_prompt_tokens(request)
     ahead, wait_s = _ahead(ledger, chunk, now_s, gap_s)
-    decodes += ledger.queued // 2  # those ahead begin to decode on the way
+    decodes += ledger.queued // 2 if shared else 0  # those ahead begin to decode on the way
 
     total_tokens = ahead + own
     steps = -(-total_tokens // chunk)
@@ -167,7 +199,8 @@ def _walk(ledger: Ledger, request: Request, now_s: float, chunk: int, gap_s: flo
     last_context = cached + own - last_own
     last_s = seconds_of(last, 1, last_context, last_own * (last_context + last_own / 2), decodes, kv_tokens)
     next_s = backend.step_time.decode_seconds(
-        ledger.decodes + ledger.queued + request.sequences, kv_tokens + request.prompt_tokens * request.sequences
+        ledger.decodes + ledger.queued + request.sequences,
+        ledger.decode_kv_tokens + request.prompt_tokens * request.sequences,
     )
     if steps == 1:
         return Prefill(wait_s, last_s, last_s, 1, last_s, 1.0, next_s)
@@ -282,6 +315,13 @@ def _log_mean(a: int, b: int) -> float:
     return (a - b) / math.log(a / b) if a != b else float(a)
 
 
+def _beside(ledger: Ledger) -> tuple[int, int]:
+    """The decodes that share a step with a chunk, and their KV."""
+    if ledger.backend.prefill_interval is not None:
+        return 0, 0
+    return ledger.decodes, ledger.decode_kv_tokens
+
+
 def _ahead(ledger: Ledger, chunk: int, now_s: float, gap_s: float = 0.0) -> tuple[int, float]:
     """Prompt tokens before the newcomer's, and seconds until the step in flight ends, with the gap behind it.
 
@@ -300,7 +340,8 @@ def _ahead(ledger: Ledger, chunk: int, now_s: float, gap_s: float = 0.0) -> tupl
         # steps follow each other without a gap: the phase goes on from the last end that was seen
         return 0, step_s - max(now_s - ledger.last_step_s, 0.0) % step_s if step_s > 0 else 0.0
     head = min(chunk, queued)
-    step_s = step_time.seconds_of(head, 1, 0, head * head / 2, ledger.decodes, ledger.decode_kv_tokens) + gap_s
+    decodes, kv_tokens = _beside(ledger)
+    step_s = step_time.seconds_of(head, 1, 0, head * head / 2, decodes, kv_tokens) + gap_s
     # the step in flight is counted as waiting, so its chunk is not ahead any more
     if ledger.foreign.queued_prefill_tokens:
         left = _left_of_all(ledger, head / step_s if step_s > 0 else math.inf, now_s) - head

@@ -27,7 +27,7 @@ from tests.adapters.fake_parts import Json, chat_words, served
 from tests.adapters.fake_sglang_run import Refused, Run
 from tiergate_engine.lockstep import State
 from tiergate_engine.model import EngineConfig, EngineModel, PlannedStep
-from tiergate_engine.step import Step
+from tiergate_engine.step import Step, StepTime
 from tiergate_engine.steptime import RooflineStepTime
 
 VERSION = "0.5.23"
@@ -44,7 +44,9 @@ class Habits:
 
     Attributes:
         version: what it says it is; before 0.5.20 there is no /ready.
-        plugin: whether Tiergate's plug-in is in it; `mixed`: `--enable-mixed-chunk`.
+        plugin: whether Tiergate's plug-in is in it; `mixed`: `--enable-mixed-chunk`; `interval`:
+            `--prefill-decode-interval`.
+        says_mixed: its arguments say `--enable-mixed-chunk`, whatever its scheduler does; None: what it does.
         says_true: a refused setting is answered with `[true]`, as 0.5.12 does.
         loads: whether there is /v1/loads (since 0.5.9); `old_loads`: with the keys of its first version only.
         metrics: `--enable-metrics`.
@@ -62,6 +64,8 @@ class Habits:
     version: str = VERSION
     plugin: bool = False
     mixed: bool = False
+    interval: int = 0
+    says_mixed: bool | None = None
     says_true: bool = False
     loads: bool = True
     old_loads: bool = False
@@ -244,6 +248,8 @@ class FakeSglang:
             "chunked_prefill_size": limits.chunked_prefill_size,
             "max_prefill_tokens": 16_384,
             "max_running_requests": None,
+            "enable_mixed_chunk": habits.mixed if habits.says_mixed is None else habits.says_mixed,
+            "prefill_decode_interval": habits.interval,
             "page_size": _PAGE_TOKENS,
             "pp_size": limits.stages,
             "dp_size": limits.ranks,
@@ -264,7 +270,7 @@ class FakeSglang:
             sizes = {"now": self.chunk, "least": _PAGE_TOKENS, "most": most, "multiple": _PAGE_TOKENS}
             told: Json = {"version": 1, "mixed": habits.mixed, "chunked_prefill_size": sizes}
             if habits.has_ready:  # the interval came with the same version
-                told["prefill_decode_interval"] = {"now": self.interval, "launched": 0}
+                told["prefill_decode_interval"] = {"now": self.interval, "launched": habits.interval}
             state["tiergate"] = told
         info = {
             **settings,
@@ -427,19 +433,20 @@ async def fake_sglang(
     limits: Limits = Limits(),
     habits: Habits = Habits(),
     step_s: float = 0.002,
+    step_time: StepTime | None = None,
 ) -> AsyncIterator[FakeSglang]:
-    """A fake SGLang on a free port; every step takes about `step_s`."""
+    """A fake SGLang on a free port; every step takes about `step_s`, or what `step_time` says."""
     config = EngineConfig(
         kv_tokens=limits.kv_tokens,
         max_model_tokens=limits.context_tokens,
         max_batched_tokens=limits.chunked_prefill_size,
         max_running_seqs=limits.max_running_requests,
     )
-    engine = SglangModel(config, RooflineStepTime(c0_s=step_s))
-    engine.mixed = habits.mixed
+    engine = SglangModel(config, step_time or RooflineStepTime(c0_s=step_s))
+    engine.mixed, engine.interval = habits.mixed, habits.interval
     driver = EngineDriver(engine)
     fake = FakeSglang(model, limits, habits, driver, engine)
     fake.cap = limits.max_running_requests // limits.stages
-    fake.chunk = limits.chunked_prefill_size
+    fake.chunk, fake.interval = limits.chunked_prefill_size, habits.interval
     async with served(fake.application(), driver) as fake.url:
         yield fake

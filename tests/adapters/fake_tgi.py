@@ -25,6 +25,7 @@ from adapters.emulated.tokens import encode
 from tests.adapters.fake_parts import Json, chat_words, served
 from tests.adapters.fake_tgi_run import Api, Lease, Run, TgiError
 from tiergate_engine.model import EngineConfig, EngineModel
+from tiergate_engine.step import StepTime
 from tiergate_engine.steptime import RooflineStepTime
 
 VERSION = "3.3.7"
@@ -271,14 +272,15 @@ async def fake_tgi(
     limits: Limits = Limits(),
     habits: Habits = Habits(),
     step_s: float = 0.002,
+    step_time: StepTime | None = None,
 ) -> AsyncIterator[FakeTgi]:
-    """A fake TGI on a free port; every step takes about `step_s`."""
+    """A fake TGI on a free port; every step takes about `step_s`, or what `step_time` says."""
     config = EngineConfig(
         kv_tokens=limits.max_batch_total_tokens + 4_096,  # what is reserved is counted here, in single tokens
         max_model_tokens=limits.max_total_tokens,
         max_batched_tokens=limits.max_batch_prefill_tokens,
     )
-    driver = EngineDriver(EngineModel(config, RooflineStepTime(c0_s=step_s)))
+    driver = EngineDriver(EngineModel(config, step_time or RooflineStepTime(c0_s=step_s)))
     fake = FakeTgi(model, limits, habits, driver)
     async with served(fake.application(), driver) as fake.url:
         yield fake

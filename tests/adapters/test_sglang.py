@@ -67,7 +67,23 @@ class TestProbe:
             load=Support.YES,
             tokens_per_event=None,
             lingers=True,
+            prefill_interval=0,
         )
+
+    async def test_whether_decodes_wait_for_prompts(self, connect: Connect) -> None:
+        """As it was started; the plug-in's word counts before that."""
+        asked = [
+            (Habits(), 0), (Habits(interval=3), 3), (Habits(mixed=True, interval=3), None),
+            (Habits(plugin=True, interval=2), 2), (Habits(plugin=True, mixed=True), None),
+            (Habits(plugin=True, mixed=False, says_mixed=True), 0),
+        ]  # fmt: skip
+        for habits, expected in asked:
+            async with fake_sglang(habits=habits) as fake:
+                assert (await SglangAdapter(connect(fake.url)).probe()).prefill_interval == expected, habits
+        found = Capabilities("sglang", prefill_interval=0)
+        assert (found.interval_with(None), found.interval_with(512)) == (0, 1)
+        assert Capabilities("sglang", prefill_interval=4).interval_with(512) == 4
+        assert Capabilities("sglang").interval_with(512) is None
 
     async def test_ranks_count_together(self, connect: Connect) -> None:
         limits = Limits(max_running_requests=12, kv_tokens=4096, ranks=2, stages=3)
@@ -438,7 +454,7 @@ class TestErrors:
             adapter = SglangAdapter(connect(fake.url))
             body = {"prompt": "a b c d e", "stream": True}
             status, answer = await exchange(adapter, COMPLETIONS, body)
-            assert (status, adapter.response_failure(status, answer).failure) == (400, Failure.REJECTED)
+            assert (status, adapter.response_failure(status, answer).failure) == (400, Failure.TOO_LONG)
 
     async def test_a_broken_generation(self, connect: Connect) -> None:
         async with fake_sglang(habits=Habits(fails_after=0)) as fake:

@@ -378,11 +378,13 @@ def test_a_box_is_not_empty_of_room() -> None:
     assert box.decodes in {9, 10}, "ten decodes take 20 ms"
 
 
-@given(st.integers(0, 2**31), st.sampled_from([1.0, 1.1]))
-def test_prompts_that_others_queue_within_the_box_make_no_resident_late(seed: int, margin: float) -> None:
+@given(st.integers(0, 2**31), st.sampled_from([1.0, 1.1]), st.sampled_from([None, 0, 1, 3]))
+def test_prompts_that_others_queue_within_the_box_make_no_resident_late(
+    seed: int, margin: float, interval: int | None
+) -> None:
     """What another replica queued since it told of itself spends the same slack."""
     rng = Random(seed)
-    ledger = Ledger(replace(backend(max_batched_tokens=512), margin=margin))
+    ledger = Ledger(replace(backend(max_batched_tokens=512), margin=margin, prefill_interval=interval))
     for index in range(rng.randrange(1, 5)):
         slo = Slo(rng.uniform(0.02, 0.5), rng.choice([0.02, 0.05, 0.1]))
         put(ledger, f"x{index}", rng.randrange(1, 30), slo=slo, prompt_tokens=10)
@@ -427,7 +429,8 @@ def test_what_is_hopeless_at_a_glance_is_infeasible_in_full(
     rng = Random(seed)
     driven = rng.random() < 0.5
     limits = EngineLimits(256, chunk_tokens, rng.choice([None, 20_000, 60_000]), 40_000)
-    ledger = Ledger(Backend("a", PROFILE.step_time, limits=limits, margin=margin, dynamic_chunk=driven))
+    known = Backend("a", PROFILE.step_time, limits=limits, margin=margin, dynamic_chunk=driven)
+    ledger = Ledger(replace(known, prefill_interval=rng.choice([None, 0, 2])))
     for index in range(residents):
         slo = Slo(rng.uniform(0.1, 6.0), rng.choice([0.075, 0.3]))
         put(ledger, f"x{index}", rng.randrange(0, 50), now_s=1.0, slo=slo, prompt_tokens=rng.randrange(10, 3000))
