@@ -323,6 +323,25 @@ async def test_an_sglang_with_the_plugin_gets_a_chunk_size() -> None:
             assert fake.chunk <= setting.chunk_tokens < 2_048
 
 
+@pytest.mark.parametrize(
+    ("habits", "apart"),
+    [(Habits(plugin=True), 1), (Habits(plugin=True, interval=3), 3), (Habits(plugin=True, mixed=True), None)],
+)
+async def test_an_sglang_with_a_chunk_size_is_known_for_the_decodes_between(
+    habits: Habits, apart: int | None
+) -> None:
+    """With chunks apart a step of decodes at least is put behind each, even where its own size keeps the pace."""
+    async with fake_sglang(MODEL, habits=habits) as fake, gateway(_settings(fake.url, tier="summary")) as made:
+        made.driving.controller.options = _QUICK
+        (member,) = made.fleet.members()
+        await until(lambda: member.driven)
+        assert member.published is not None
+        assert member.published.prefill_interval == apart
+        assert fake.interval == (apart or 0)
+        (setting,) = made.driving.controller.decisions("one")
+        assert setting.chunk_tokens == (None if apart is None else 2_048)
+
+
 async def test_a_backend_too_slow_for_its_tier_goes_to_a_looser_one() -> None:
     step = Step.decode(8, 8_000)
     took_s = ShiftedStepTime(_STEP_TIME, 0.03).seconds(step)

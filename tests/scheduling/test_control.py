@@ -90,6 +90,11 @@ class TestTheChunkBudget:
         decode_s = _STEP_TIME.decode_seconds(ledger.decodes, ledger.decode_kv_tokens)
         assert (_STEP_TIME.seconds(Step.chunk(int(chunk))) + decode_s) * 1.1 <= 0.03
 
+    def test_an_engine_with_chunks_apart_is_always_told_one(self) -> None:
+        """Only with a budget set are there steps of decodes between its chunks."""
+        assert chunk_budget(_ledger(20), 10.0, _OPTIONS, alone=True) == _LIMITS.max_batched_tokens
+        assert chunk_budget(_ledger(20), math.inf, _OPTIONS, alone=True) == math.inf
+
     def test_an_engine_whose_own_budget_keeps_the_pace_keeps_it(self) -> None:
         assert chunk_budget(_ledger(1), 10.0, _OPTIONS) == math.inf
         assert chunk_budget(_ledger(1), math.inf, _OPTIONS) == math.inf

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduling.pacing import ChunkCost, PrefillBucket
+from scheduling.pacing import ChunkCost, PrefillBucket, tokens_at_once
 from tiergate_engine.step import Step
 from tiergate_engine.steptime import RooflineStepTime
 
@@ -28,6 +28,34 @@ def walked(cost: ChunkCost, rate_tokens_s: float, steps: int) -> tuple[int, floa
         now_s += cost.decode_step_s
         tokens += 1
     return tokens, now_s
+
+
+class TestAtOnce:
+    STEP_TIME = RooflineStepTime(c0_s=0.005, per_token_s=0.00002, per_seq_s=0.0001, per_kv_s=1e-8)
+
+    @given(st.integers(0, 200), st.floats(0.001, 0.2), st.integers(1, 4096), st.booleans())
+    def test_a_step_with_all_of_them_keeps_the_pace_and_one_more_would_not(
+        self, seqs: int, tpot_s: float, budget: int, alone: bool
+    ) -> None:
+        decodes = Step.decode(seqs, seqs * 500)
+        most = tokens_at_once(self.STEP_TIME, decodes, budget, tpot_s, alone=alone)
+
+        def gap_s(tokens: int) -> float:
+            if alone:
+                decode_s = self.STEP_TIME.seconds(decodes) if seqs else 0.0
+                return self.STEP_TIME.seconds(Step.chunk(tokens)) + decode_s
+            return self.STEP_TIME.seconds(decodes + Step.chunk(tokens))
+
+        whole = max(budget if alone else budget - seqs, 1)
+        assert most == math.inf or most <= whole
+        if most:
+            assert gap_s(whole if most == math.inf else int(most)) <= tpot_s + 1e-9
+        if most < whole:
+            assert gap_s(int(most) + 1) > tpot_s - 1e-9
+
+    def test_without_a_pace_there_is_no_bound(self) -> None:
+        for alone in (True, False):
+            assert tokens_at_once(self.STEP_TIME, Step(), 100, math.inf, alone=alone) == math.inf
 
 
 class TestRate:
