@@ -172,13 +172,22 @@ def _walk_apart(ledger: Ledger, request: Request, now_s: float, interval: int) -
     walked.own_s += own_between * gap_s
     walked.steps = between * interval + 1
     walked.own_steps = own_between * interval + 1.0
-    if not interval and ledger.queued:
-        seen_s = [one.seen_s for one in ledger.residents.values() if one.generated_tokens > 1]
-        walked.held_s = now_s - max(seen_s, default=now_s)
-    elif not ledger.queued:
+    held_s = _held_s(ledger, now_s)
+    walked.held_s = min(held_s, ledger.chunk_step_s) if interval else held_s
+    if not ledger.queued:
         owed_s = ledger.prefill_since_s + gap_s - now_s  # by the last chunk
         walked.wait_s = max(walked.wait_s, owed_s)
     return walked
+
+
+def _held_s(ledger: Ledger, now_s: float) -> float:
+    """For how long decodes have been seen to get no token, if chunks that have steps of their own are why."""
+    last_s = ledger.last_step_s
+    if not ledger.queued and last_s is not None and last_s > ledger.prefill_since_s:
+        return 0.0  # they got some since the last chunk
+    decodes = [one for one in ledger.residents.values() if one.first_token and one.request.streamed]
+    moved_s = [one.seen_s for one in decodes if one.generated_tokens > 1]
+    return now_s - (max(moved_s) if moved_s else min([one.seen_s for one in decodes], default=now_s))
 
 
 def _walk(ledger: Ledger, request: Request, now_s: float, chunk: int, gap_s: float) -> Prefill:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import profiles
@@ -141,6 +141,7 @@ def test_the_engine_makes_no_decode_wait_where_chunks_are_said_to_be_apart() -> 
         assert kinds.startswith("c" + ("d" * interval + "c") * 3)
 
 
+@example(1, [(1487, 4), (1024, 0)], (1, 0.1, 0.05), 1, 1024)  # right behind a chunk, with nobody in the queue
 @given(
     st.sampled_from([0, 1, 2, 5]),
     st.lists(st.tuples(st.integers(1, 4000), st.integers(0, 6)), min_size=1, max_size=4),
