@@ -18,6 +18,7 @@ from tiergate_engine.drive import Ruled, StepPlan, is_late, plan_decodes
 from tiergate_engine.fill import Prefill, StepLimits
 from tiergate_engine.step import Step
 from tiergate_engine.vllm.content import Held, StepOutput, step_of
+from tiergate_engine.vllm.drift import Drift
 from tiergate_engine.vllm.facts import FactsRing
 from tiergate_engine.vllm.promises import EngineRequest, next_due_s
 from tiergate_engine.vllm.running import Running, by_want
@@ -118,16 +119,25 @@ class Pilot:
     watched_s: float = -math.inf
     last_budget_tokens: int | None = None
     _ruled: Ruled | None = None
+    _drift: Drift = field(default_factory=Drift)
     _calm: _Calm | None = None
     _flights: deque[_Flight] = field(default_factory=deque)
     _back_s: float = -math.inf
 
     def order(self, orders: Orders, now_s: float, digest: str | None = None) -> None:
         """Obey these from the next step on. `digest`: of the text they came in, which may say more than this."""
+        if orders.profile != self.orders.profile:
+            self._drift = Drift()
         self.orders, self.given_s, self.watched_s = orders, now_s, now_s
         self.digest = orders.digest if digest is None else digest
         self._calm = None
-        self._ruled = None if orders.profile is None else Ruled(orders.rules, orders.profile)
+        self._rule()
+
+    def _rule(self) -> None:
+        """Plan by the orders' rules, and by step times with their drift."""
+        rules, profile = self.orders.rules, self.orders.profile
+        drifted = replace(rules, margin=rules.margin * self._drift.factor)
+        self._ruled = None if profile is None else Ruled(drifted, profile)
 
     def watch(self, now_s: float) -> None:
         """Somebody asked for facts."""
@@ -199,7 +209,7 @@ class Pilot:
         """When the step that is planned now can begin: with asynchronous scheduling one is still running."""
         free_s = self._back_s
         for flight in self._flights:
-            free_s = max(free_s, flight.scheduled_s) + flight.predicted_s
+            free_s = max(free_s, flight.scheduled_s) + flight.predicted_s * self._drift.factor
         return max(free_s, now_s)
 
     def _driven(
@@ -255,6 +265,8 @@ class Pilot:
                 pass
             began_s = max(flight.scheduled_s, self._back_s)
             self.facts.add(StepFact(flight.step, now_s - began_s, flight.budget_tokens, flight.skipped))
+            if self._drift.note(now_s - began_s, flight.predicted_s):
+                self._rule()
         self._back_s = now_s
 
     def watching(self, now_s: float) -> bool:

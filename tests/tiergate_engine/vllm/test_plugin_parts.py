@@ -14,6 +14,7 @@ from tiergate_engine.drive import Rules
 from tiergate_engine.step import Step
 from tiergate_engine.steptime import RooflineStepTime
 from tiergate_engine.vllm.content import step_of
+from tiergate_engine.vllm.drift import MOST, NEWS, Drift
 from tiergate_engine.vllm.facts import FactsRing
 from tiergate_engine.vllm.pilot import Pilot, Situation, Turn
 from tiergate_engine.vllm.promises import NO_PROMISE, Due, due_of, next_due_s, promise
@@ -381,6 +382,49 @@ class TestCalm:
         calm = [made.nothing_to_weigh(1, 0.0) for _ in range(1000)]
         assert calm == sorted(calm, reverse=True)
         assert 490 <= sum(calm) <= 510
+
+
+class TestDrift:
+    def after(self, ratios: list[float]) -> Drift:
+        drift = Drift()
+        for ratio in ratios:
+            drift.note(ratio * 0.01, 0.01)
+        return drift
+
+    @given(st.lists(st.floats(0.0, 100.0), max_size=200))
+    def test_the_profile_is_the_least_and_one_step_is_not_believed(self, ratios: list[float]) -> None:
+        assert 1.0 <= self.after(ratios).factor <= MOST
+
+    @given(st.floats(NEWS, MOST))
+    def test_what_lasts_is_believed_as_long_as_it_lasts(self, ratio: float) -> None:
+        slow = [ratio] * 100
+        assert self.after(slow).factor == pytest.approx(ratio, rel=NEWS - 1.0)
+        assert self.after(slow + [0.9] * 100).factor == 1.0
+
+    def test_small_changes_are_no_news(self) -> None:
+        drift = self.after([])
+        assert not any(drift.note(0.0105, 0.01) for _ in range(100))
+        assert [drift.note(0.02, 0.01) for _ in range(10)].count(True) < 7
+        assert not drift.note(1.0, 0.0), "nothing was predicted"
+
+    def test_an_engine_that_became_slower_gets_smaller_chunks_until_it_is_told_of(self) -> None:
+        def chunk(of: Pilot) -> int:
+            tight = decode(Due(1.0, 0.02), outputs=2)
+            prompt = FakeRequest("p", 2000)
+            queue = DeadlineQueue([prompt])
+            return of.turn(Situation([tight], [], queue, 2048, 64), 1.0 - 0.02).budget_tokens
+
+        flown = pilot()
+        before = chunk(flown)
+        for number in range(50):
+            output = FakeOutput({"d": 1})
+            flown.scheduled(output, {"d": decode()}, (1, 0), 0.02 * number)
+            flown.came_back(output, 0.02 * number + 0.0101)
+        assert chunk(flown) < 0.7 * before
+        flown.order(DRIVEN, 2.0)
+        assert chunk(flown) < 0.7 * before, "the same profile again is no news"
+        flown.order(Orders(Mode.DRIVEN, RooflineStepTime(c0_s=0.0101), Rules()), 2.0)
+        assert flown._drift.factor == 1.0
 
 
 def test_a_builds_mark_is_no_other_version() -> None:
