@@ -1,7 +1,7 @@
 """How much slower an engine's steps are of late than its profile says.
 
 A gateway learns that too, and tells a better profile; but by then a second of steps was planned too full, and
-their tokens came late: clocks that were throttled, or a neighbour on the machine, are known here a few steps later.
+their tokens came late: throttled clocks, or a neighbour on the machine, are known here within a few steps.
 """
 
 from __future__ import annotations
