@@ -94,7 +94,7 @@ def variants(router: str) -> tuple[Variant, ...]:
             Variant("driven, policy looks at slack", router, {**every, "driven": False}),
         ]
     less = [Variant(f"driven without {name}", router, {**every, name: False}) for name in MECHANISMS]
-    return (*some, *less, Variant("driven, late bind nobody", router, {**every, "late_binds": False}))
+    return (*some, *less)
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,7 +224,6 @@ def arms_of(wanted: Sequence[str], profile: Fit, rules: Rules) -> dict[str, Orde
     known["driven, no deadline order"] = without(deadline_order=False)
     known["driven, no skipping"] = without(skip=False)
     known["driven, no relegation"] = without(relegate=False)
-    known["driven, late bind nobody"] = without(late_binds=False)
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise SystemExit(f"unknown arms {', '.join(unknown)}: there are {'; '.join(known)}")

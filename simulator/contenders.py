@@ -127,7 +127,6 @@ _DRIVE = (
     KnobInfo("skip_loose", False, "engines: decodes with time to spare leave out a step that others need"),
     KnobInfo("relegate_late", False, "engines: prompts that cannot be on time come after those that can"),
 )
-_LATE_BINDS = KnobInfo("late_binds", True, "engines: who is late anyway still keeps prompts to its pace")
 _CONTROLLED = KnobInfo(
     "controlled",
     "off",
@@ -148,7 +147,6 @@ _MEANS: Mapping[str, Means] = MappingProxyType(
 _COLOCATED = (
     _DRIVEN,
     *_DRIVE,
-    _LATE_BINDS,
     _CONTROLLED,
     _CHUNK,
     KnobInfo(
@@ -207,13 +205,7 @@ def _rules(values: Values) -> Rules | None:
     if not any(on):
         return None
     chunk_from_slack, deadline_order, skip, relegate = on
-    return Rules(
-        chunk_from_slack=chunk_from_slack,
-        deadline_order=deadline_order,
-        skip=skip,
-        relegate=relegate,
-        late_binds=bool(values.get(_LATE_BINDS.name, True)),
-    )
+    return Rules(chunk_from_slack=chunk_from_slack, deadline_order=deadline_order, skip=skip, relegate=relegate)
 
 
 def _router(policy: str, form: Form = Form.COLOCATED) -> Callable[[Values], Setup]:
@@ -282,7 +274,6 @@ def _entries() -> dict[str, _Entry]:
             (
                 replace(_CHUNK, default=512, about="static token budget of a step", least=1),
                 *_DRIVE,
-                _LATE_BINDS,
                 _CONTROLLED,
                 *_COMMON,
             ),
@@ -290,17 +281,17 @@ def _entries() -> dict[str, _Entry]:
         ),
         "qoserve_silo": _Entry(
             "a silo of backends per tier, sized by demand, least loaded within (QoServe's baseline)",
-            (_DRIVEN, *_DRIVE, _LATE_BINDS, _CONTROLLED, _CHUNK, _PERIOD, _MOVES, *_COMMON),
+            (_DRIVEN, *_DRIVE, _CONTROLLED, _CHUNK, _PERIOD, _MOVES, *_COMMON),
             _router("qoserve_silo"),
         ),
     }
     entries["headroom"] = _Entry(
         "the fullest backend whose predictions keep the pace (llm-d)",
-        (*_HEADROOM, *_DRIVE, _LATE_BINDS, _CONTROLLED, _CHUNK, *_COMMON),
+        (*_HEADROOM, *_DRIVE, _CONTROLLED, _CHUNK, *_COMMON),
         _headroom,
     )
     for name, about in routers.items():
-        entries[name] = _Entry(about, (_CHUNK, *_DRIVE, _LATE_BINDS, _CONTROLLED, *_COMMON), _router(name))
+        entries[name] = _Entry(about, (_CHUNK, *_DRIVE, _CONTROLLED, *_COMMON), _router(name))
         if name in ("random", "minimal"):
             in_two = _router(name, Form.DISAGGREGATED)
             entries[f"{name}_pd"] = _Entry(f"{about}, disaggregated", (_CHUNK, *_COMMON), in_two)

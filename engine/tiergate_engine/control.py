@@ -412,7 +412,6 @@ def _rules(value: object, where: str) -> Rules:
             flag("relegate", default.relegate),
             as_count(given.get("floor_tokens", default.floor_tokens), f"{where}.floor_tokens", 1),
             None if longest_s is None else as_number(longest_s, f"{where}.longest_s"),
-            flag("late_binds", default.late_binds),
         )
     except ControlError:
         raise

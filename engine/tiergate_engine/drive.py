@@ -36,7 +36,6 @@ class Rules:
         floor_tokens: prompt tokens of a step without decodes, when no prompt would otherwise get any.
         longest_s: no chunk makes a step longer than this, whatever slack there is, so that a newcomer soon has its
             turn; None: no such limit.
-        late_binds: a decode that is late whatever is done binds the step with its pace; else it holds nobody back.
 
     Raises:
         ValueError: a number is out of range.
@@ -51,7 +50,6 @@ class Rules:
     relegate: bool = True
     floor_tokens: int = 16
     longest_s: float | None = None
-    late_binds: bool = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.margin) and self.margin >= 1.0):
@@ -186,7 +184,7 @@ def plan_decodes(decodes: Decodes, prefills: Sequence[Prefill], limits: StepLimi
 
     1. The step may last until the first token on board is due (`chunk_from_slack`): a decode's next one, or the
        first one of a prompt that ends in it. A decode that would be late even in a step without chunks binds it
-       with its pace only (`late_binds`), and one whose pace is shorter than that step not at all.
+       with its pace only, and one whose pace is shorter than that step not at all.
     2. When the step of all decodes is longer than the slack of one that a shorter step would serve in time, or
        when the first prompt would be on time if it ended in this step, and else late, decodes are left out, the
        loosest first: only as many as are needed, only if it helps, and only such as are still on time in the step
@@ -368,12 +366,7 @@ def _within_s(slacks_s: Sequence[float], paces_s: Sequence[float], decode_s: flo
         least_s = min(slacks_s)
         if least_s >= decode_s:
             return least_s
-        if rules.late_binds:
-            bounds_s = [
-                slack if slack >= decode_s else pace for slack, pace in zip(slacks_s, paces_s, strict=True)
-            ]
-        else:
-            bounds_s = slacks_s
+        bounds_s = [slack if slack >= decode_s else pace for slack, pace in zip(slacks_s, paces_s, strict=True)]
     # A pace that no step of these decodes keeps is lost; to stop the prompts for it would help nobody.
     return min([bound_s for bound_s in bounds_s if bound_s >= decode_s], default=math.inf)
 

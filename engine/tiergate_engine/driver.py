@@ -94,7 +94,7 @@ class Driver:
         if not base.decode_seqs:
             return Room(most_s, (), base), []
         decode_s = self.step_time.seconds(base)
-        within_s = min(most_s, due.within_s(now_s, steps, decode_s, rules))
+        within_s = min(most_s, due.within_s(now_s, steps, decode_s, rules.chunk_from_slack))
         if rules.skip:
             behind_s = self.step_time.seconds(step_behind(base, demand))
             until_s = due.least_slack_s(now_s, steps, self._least_s, decode_s)

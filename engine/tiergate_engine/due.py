@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 
-from tiergate_engine.drive import Rules
 from tiergate_engine.lockstep import LiveSequence
 
 _Key = tuple[float, int]
@@ -55,21 +54,20 @@ class DueTimes:
         """Its promised pace; infinite without a promise."""
         return math.inf if sequence.due_key_s == math.inf else sequence.spec.pace_s
 
-    def within_s(self, now_s: float, steps: int, decode_s: float, rules: Rules) -> float:
+    def within_s(self, now_s: float, steps: int, decode_s: float, from_slack: bool) -> float:
         """The least bound of any decode: its slack, or its pace if that is below `decode_s`; or paces only. A pace
-        below `decode_s` is none (`drive.Rules`)."""
+        below `decode_s` is none."""
         least_s = math.inf
         for pace_s, keys in self._by_pace.items():
             bound_s = pace_s if pace_s >= decode_s else math.inf
-            if not rules.chunk_from_slack:
+            if not from_slack:
                 least_s = min(least_s, bound_s)
                 continue
             ahead_s = steps * pace_s - now_s
             if keys[0][0] + ahead_s >= decode_s:
                 least_s = min(least_s, keys[0][0] + ahead_s)
                 continue
-            if rules.late_binds:
-                least_s = min(least_s, bound_s)
+            least_s = min(least_s, bound_s)
             first = _first(keys, ahead_s, decode_s)
             if first < len(keys):
                 least_s = min(least_s, keys[first][0] + ahead_s)

@@ -65,11 +65,6 @@ def test_who_is_late_already_binds_with_its_pace_only() -> None:
     assert planned.chunks[0] > 0
 
 
-def test_or_who_is_late_already_holds_nobody_back() -> None:
-    decodes = [Decode(100, -0.3, 0.02), Decode(100, 0.5, 0.05)]
-    assert plan(decodes, [Prefill(5000)], replace(RULES, late_binds=False)).within_s == 0.5
-
-
 def test_who_has_less_than_a_step_of_decodes_binds_with_its_pace() -> None:
     assert plan([Decode(100, 0.004, 0.02), Decode(100, 0.5, 0.05)]).within_s == 0.02
 
@@ -283,7 +278,6 @@ any_rules = st.builds(
     deadline_order=st.booleans(),
     skip=st.booleans(),
     relegate=st.booleans(),
-    late_binds=st.booleans(),
 )
 
 

@@ -41,7 +41,6 @@ rules = st.builds(
     deadline_order=st.booleans(),
     skip=st.booleans(),
     relegate=st.booleans(),
-    late_binds=st.booleans(),
     longest_s=st.sampled_from([None, ms(25)]),
 )
 promises = st.one_of(
