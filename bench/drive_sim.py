@@ -52,6 +52,7 @@ MECHANISMS = ("chunk_from_slack", "deadline_order", "skip_loose", "relegate_late
 ALL: Mapping[str, Knob] = dict.fromkeys(MECHANISMS, True)
 POLYSERVE, MINIMAL = "polyserve_co", "minimal"
 ROUTERS = (POLYSERVE, MINIMAL)
+LESS = "driven without "
 INTERRUPTED = 130
 
 
@@ -80,6 +81,11 @@ def controlled(router: str) -> tuple[Variant, ...]:
     )
 
 
+def brief(router: str) -> tuple[Variant, ...]:
+    """All but the ablation."""
+    return tuple([one for one in variants(router) if not one.name.startswith(LESS)])
+
+
 def variants(router: str) -> tuple[Variant, ...]:
     """All that are compared with one router."""
     if router == MINIMAL:
@@ -93,7 +99,7 @@ def variants(router: str) -> tuple[Variant, ...]:
             Variant(DRIVEN, router, every),
             Variant("driven, policy looks at slack", router, {**every, "driven": False}),
         ]
-    less = [Variant(f"driven without {name}", router, {**every, name: False}) for name in MECHANISMS]
+    less = [Variant(f"{LESS}{name}", router, {**every, name: False}) for name in MECHANISMS]
     return (*some, *less)
 
 
@@ -151,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every: list[Compared] = []
     failed = False
     for workload in _workloads(args.traces):
-        listed = controlled if args.controlled else variants
+        listed = controlled if args.controlled else brief if args.brief else variants
         of_trace = [one for router in args.routers for one in compared(workload, router, listed(router), size)]
         plans: list[Plan] = [one.plan for one in of_trace]
         if args.report:
@@ -214,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backends", type=int, default=6, help="engines of the fleet")
     parser.add_argument("--seeds", type=int, default=4, help="how many; three or more for an interval of use")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--brief", action="store_true", help="without the ablation")
     parser.add_argument("--report", action="store_true", help="run nothing; print what is stored")
     parser.add_argument("--interpreted", action="store_true", help="do not compile the core first")
     return parser
